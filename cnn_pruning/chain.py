@@ -1,0 +1,126 @@
+"""A network read as a chain of layers: which convolutions can lose filters, and what follows each.
+
+This is all that pruning has to know about a network. A convolution's filters are tied to the
+layers up to the next convolution or linear layer, its *consumer*: batch norms hold values for each
+of its channels, and the consumer has weights for each of them.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+ACTIVATIONS = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.PReLU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanh,
+)
+# These keep a map of zeros a map of zeros.
+PASSIVE = (
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AvgPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.Identity,
+    nn.MaxPool2d,
+)
+
+
+@dataclass
+class Link:
+    """One convolution whose filters can go, with the layers that depend on them."""
+
+    conv: nn.Conv2d
+    followers: list[nn.Module] = field(default_factory=list)
+    """The batch norms and activations before the consumer, in order; the last one puts out the
+    feature map. Without any, the convolution does."""
+    consumer: nn.Conv2d | nn.Linear | None = None
+
+
+def links(model: nn.Module) -> dict[str, Link]:
+    """Return the prunable convolutions of ``model`` by name, in the order they are applied.
+
+    A convolution without a convolution or linear layer behind it puts out the network's own output
+    and is left out.
+
+    Raises ``TypeError``, naming the layer, where ``model`` isn't a chain of layers that are known.
+    """
+    found: dict[str, Link] = {}
+    current = None
+    seen = set()
+    for name, layer in _layers(model):
+        kind = type(layer)
+        if kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
+            if layer in seen:
+                raise _unsupported(name, "is used twice")
+            seen.add(layer)
+        if kind is nn.Conv2d:
+            if layer.groups != 1:
+                raise _unsupported(name, f"is a grouped convolution (groups={layer.groups})")
+            if current:
+                current.consumer = layer
+            current = found[name] = Link(layer)
+        elif kind is nn.Linear:
+            if current:
+                current.consumer = layer
+            current = None
+        elif current and (kind is nn.BatchNorm2d or kind in ACTIVATIONS):
+            if kind is nn.PReLU and layer.num_parameters != 1:
+                raise _unsupported(name, "is a PReLU with a slope for each channel")
+            current.followers.append(layer)
+        elif current and kind is nn.Flatten and (layer.start_dim, layer.end_dim) != (1, -1):
+            raise _unsupported(name, f"is a {layer}, which mixes more than channels and positions")
+        elif current and kind not in PASSIVE:
+            raise _unsupported(name, f"is a {kind.__name__}, which no rule is known for")
+    return {name: link for name, link in found.items() if link.consumer is not None}
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers in the order they are applied, each to the output of the one before."""
+    if type(model) in (nn.Conv2d, nn.Linear):
+        return [("", model)]
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:
+        raise TypeError(
+            f"{type(model).__name__} can't be read as a chain of layers ({error}): put its layers "
+            "into an nn.Sequential, or use Torch-Pruning."
+        ) from error
+    layers = []
+    before = None
+    for node in graph.nodes:
+        if node.op == "placeholder" and before is None:
+            pass
+        elif node.op == "call_module" and node.args == (before,) and not node.kwargs:
+            layers.append((node.target, model.get_submodule(node.target)))
+        elif node.op == "output" and node.args == (before,):
+            break
+        else:
+            inside = list((node.meta.get("nn_module_stack") or {"": ""}))[-1]
+            where = f"{node.name}, in {inside}" if inside else node.name
+            raise _unsupported(where, "is not a layer that follows the one before it")
+        before = node
+    return layers
+
+
+def _unsupported(name: str, why: str) -> TypeError:
+    return TypeError(
+        f"{name} {why}: only chains of Conv2d, BatchNorm2d, activations, pooling, dropout, Flatten "
+        "and Linear can be pruned here. For other networks use Torch-Pruning."
+    )

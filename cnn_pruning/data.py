@@ -1,0 +1,139 @@
+"""FashionMNIST as tensors, split into train, validation and test; mini-batches."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+from torchvision.datasets import FashionMNIST
+
+from cnn_pruning.paths import ROOT
+
+CLASSES = tuple(FashionMNIST.classes)
+VALIDATION_SIZE = 5_000
+
+# torchvision checks the archives' sums, but of the extracted files only that they exist.
+_EXTRACTED_MD5 = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+_ARCHIVE_MD5 = dict(FashionMNIST.resources)
+
+
+def fashion_mnist(
+    root: str | Path | None = None,
+) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Return FashionMNIST as (train, validation, test), 55,000 / 5,000 / 10,000 examples.
+
+    Each is a ``TensorDataset`` of images, float32 (N, 1, 28, 28) in [0, 1], and labels,
+    int64 (N,). The validation images are taken out of the original training images by a fixed
+    stratified draw: 500 of each class, the same ones on every call.
+
+    The files are looked for in ``root/FashionMNIST/raw`` (by default in the repository's ``data``
+    folder) and checked against their MD5 sums. The first call extracts the archives, once, even
+    when several processes start together. Archives that are missing are downloaded.
+
+    Raises ``ValueError`` if an archive is damaged, ``ConnectionError`` if one is missing and
+    can't be downloaded, ``OSError`` if the folder can't be written to.
+
+    Source: Xiao, Rasul, Vollgraf, *Fashion-MNIST* (2017), arXiv 1708.07747.
+    """
+    root = ROOT / "data" if root is None else Path(root)
+    if _damaged(root, _EXTRACTED_MD5):
+        _extract(root)
+
+    images, labels = _tensors(FashionMNIST(root, train=True))
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    per_class = VALIDATION_SIZE // len(CLASSES)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(CLASSES)):
+        held_out[shuffled[labels[shuffled] == label][:per_class]] = True
+    return (
+        TensorDataset(images[~held_out], labels[~held_out]),
+        TensorDataset(images[held_out], labels[held_out]),
+        TensorDataset(*_tensors(FashionMNIST(root, train=False))),
+    )
+
+
+def batches(
+    dataset: Dataset, batch_size: int, generator: torch.Generator | None = None
+) -> DataLoader:
+    """Return a loader of (images, labels) mini-batches, shuffled if a ``generator`` is given.
+
+    ``dataset`` is any dataset of (image, label) with a length; a ``TensorDataset`` is fetched a
+    whole batch at a time, which is much faster. The last batch may be smaller.
+
+    Raises ``ValueError`` for an empty dataset or a ``batch_size`` that isn't a positive integer.
+    """
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, but it is {batch_size!r}.")
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: give at least one (image, label).")
+    if generator is None:
+        sampler = SequentialSampler(dataset)
+    else:
+        sampler = RandomSampler(dataset, generator=generator)
+    # Without a generator of its own, a DataLoader draws from the caller's random numbers.
+    own = torch.Generator()
+    if isinstance(dataset, TensorDataset):
+        sampler = BatchSampler(sampler, batch_size, drop_last=False)
+        return DataLoader(dataset, sampler=sampler, batch_size=None, generator=own)
+    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, generator=own)
+
+
+def _tensors(dataset: FashionMNIST) -> tuple[Tensor, Tensor]:
+    return dataset.data.unsqueeze(1) / 255, dataset.targets
+
+
+def _damaged(root: Path, md5: dict[str, str]) -> list[Path]:
+    """The files of ``md5`` that are missing from ``root`` or differ from their sums."""
+    raw = root / "FashionMNIST" / "raw"
+    return [raw / name for name, expected in md5.items() if _md5(raw / name) != expected]
+
+
+def _md5(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def _extract(root: Path) -> None:
+    raw = root / "FashionMNIST" / "raw"
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with FileLock(raw / ".lock"):
+            damaged = _damaged(root, _EXTRACTED_MD5)
+            if not damaged:  # another process was here first
+                return
+            for archive in _damaged(root, _ARCHIVE_MD5):
+                if archive.exists():
+                    raise ValueError(
+                        f"{archive} is damaged (its MD5 sum is {_md5(archive)}, not "
+                        f"{_ARCHIVE_MD5[archive.name]}): restore it with `git checkout`, or "
+                        "delete it to have it downloaded."
+                    )
+            for file in damaged:
+                file.unlink(missing_ok=True)
+            FashionMNIST(root, download=True)
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"FashionMNIST is not complete in {raw} and could not be downloaded ({error}): "
+            "put the four .gz archives there."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"FashionMNIST could not be extracted in {raw} ({error}): make that folder writable, "
+            "or name another one with fashion_mnist(root=...)."
+        ) from error
