@@ -63,6 +63,7 @@ def links(model: nn.Module) -> dict[str, Link]:
     """
     found: dict[str, Link] = {}
     current = None
+    flat = False
     seen = set()
     for name, layer in _layers(model):
         kind = type(layer)
@@ -76,16 +77,23 @@ def links(model: nn.Module) -> dict[str, Link]:
             if current:
                 current.consumer = layer
             current = found[name] = Link(layer)
+            flat = False
         elif kind is nn.Linear:
+            if current and not flat:
+                raise _unsupported(name, "is a Linear without a Flatten before it")
             if current:
                 current.consumer = layer
             current = None
         elif current and (kind is nn.BatchNorm2d or kind in ACTIVATIONS):
             if kind is nn.PReLU and layer.num_parameters != 1:
                 raise _unsupported(name, "is a PReLU with a slope for each channel")
+            if kind is nn.BatchNorm2d and not layer.track_running_stats:
+                raise _unsupported(name, "is a batch norm without running statistics")
             current.followers.append(layer)
-        elif current and kind is nn.Flatten and (layer.start_dim, layer.end_dim) != (1, -1):
-            raise _unsupported(name, f"is a {layer}, which mixes more than channels and positions")
+        elif current and kind is nn.Flatten:
+            if (layer.start_dim, layer.end_dim) != (1, -1):
+                raise _unsupported(name, f"is {layer}, which keeps more than the examples apart")
+            flat = True
         elif current and kind not in PASSIVE:
             raise _unsupported(name, f"is a {kind.__name__}, which no rule is known for")
     return {name: link for name, link in found.items() if link.consumer is not None}
@@ -112,7 +120,7 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         elif node.op == "output" and node.args == (before,):
             break
         else:
-            inside = list((node.meta.get("nn_module_stack") or {"": ""}))[-1]
+            inside = list(node.meta.get("nn_module_stack") or {"": ""})[-1]
             where = f"{node.name}, in {inside}" if inside else node.name
             raise _unsupported(where, "is not a layer that follows the one before it")
         before = node

@@ -49,5 +49,5 @@ def normalize(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     normalized = {}
     for layer, values in scores.items():
         norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares underflow in float32
-        normalized[layer] = (values / norm).to(values.dtype) if norm > 0 else values.clone()
+        normalized[layer] = (values.double() / norm).to(values.dtype) if norm > 0 else values
     return normalized

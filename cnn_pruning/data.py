@@ -1,7 +1,9 @@
 """FashionMNIST as tensors, split into train, validation and test; mini-batches."""
 
 import hashlib
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from filelock import FileLock
@@ -86,7 +88,7 @@ def batches(
         sampler = RandomSampler(dataset, generator=generator)
     # Without a generator of its own, a DataLoader draws from the caller's random numbers.
     own = torch.Generator()
-    if isinstance(dataset, TensorDataset):
+    if type(dataset) is TensorDataset:  # a subclass may change the images one by one
         sampler = BatchSampler(sampler, batch_size, drop_last=False)
         return DataLoader(dataset, sampler=sampler, batch_size=None, generator=own)
     return DataLoader(dataset, sampler=sampler, batch_size=batch_size, generator=own)
@@ -127,7 +129,7 @@ def _extract(root: Path) -> None:
             for file in damaged:
                 file.unlink(missing_ok=True)
             FashionMNIST(root, download=True)
-    except RuntimeError as error:
+    except (RuntimeError, URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"FashionMNIST is not complete in {raw} and could not be downloaded ({error}): "
             "put the four .gz archives there."

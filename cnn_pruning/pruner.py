@@ -46,6 +46,8 @@ def filter_scores(
     criterion = criteria.find(criterion)
     chain = links(model)
     loader = batches(data, batch_size)
+    if not chain:
+        return {}
     parameter = next(model.parameters())
     feature_maps: dict[str, Tensor] = {}
 
@@ -58,8 +60,6 @@ def filter_scores(
         layer: torch.zeros(link.conv.out_channels, dtype=torch.float64)
         for layer, link in chain.items()
     }
-    if not chain:
-        return {}
     with training_flags(model), torch.enable_grad(), _on_feature_maps(chain, keep):
         model.eval()
         for images, labels in loader:
@@ -246,14 +246,17 @@ def _checked(chain: Mapping[str, Link], filters: Filters) -> dict[str, list[int]
     for layer, indices in filters.items():
         if layer not in chain:
             raise ValueError(
-                f"{layer!r} is not a layer whose filters can go: those are {', '.join(chain)}."
+                f"{layer!r} is not a layer whose filters can go: those are {', '.join(chain) or 'none'}."
             )
+        indices = list(indices)
         try:
             checked[layer] = sorted(index(k) for k in indices)
-        except TypeError as error:
+        except TypeError:
+            checked[layer] = None
+        if checked[layer] is None or any(isinstance(k, bool) for k in indices):
             raise ValueError(
-                f"The filters of {layer} must be a list of integers, but they are {indices!r}."
-            ) from error
+                f"The filters of {layer} must be a list of integers, but they are {indices}."
+            )
         last = chain[layer].conv.out_channels - 1
         wrong = [k for k in checked[layer] if not 0 <= k <= last]
         if wrong:

@@ -1,0 +1,157 @@
+"""The whole experiment without a notebook: train, score, prune, fine-tune."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+import torch
+from torchinfo import summary
+
+from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, tracking
+from cnn_pruning.measure import costs
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a device of this machine: use 'cpu', or 'cuda' where there is one"
+        ) from None
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m cnn_pruning",
+        description="Train a CNN on FashionMNIST, score its filters with the Taylor criterion, "
+        "remove the lowest, fine-tune. Every step is tracked in MLflow.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--channels", type=positive, nargs="+", default=[8, 16], help="filters of each layer")
+    add("--remove", type=natural, default=7, help="how many filters to remove")
+    add("--epochs", type=positive, default=5, help="epochs of training")
+    add("--fine-tune-epochs", type=natural, default=5, help="epochs after pruning")
+    add("--batch-size", type=positive, default=128, help="images in a mini-batch")
+    add("--lr", type=rate, default=3e-3, help="learning rate at the start of both trainings")
+    add("--seed", type=natural, default=0, help="draws the weights and the order of the images")
+    add("--device", type=device, default="cpu", help="where to compute")
+    add("--data", type=Path, default=None, help="folder of the data set, if not the project's")
+    options = parser.parse_args(arguments)
+    if options.remove > sum(options.channels) - len(options.channels):
+        parser.error(
+            f"argument --remove: {options.remove} of {sum(options.channels)} filters can't go, "
+            f"because each of the {len(options.channels)} layers keeps at least one"
+        )
+    try:
+        options.splits = fashion_mnist(options.data)
+        tracking.connect()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return options
+
+
+def experiment(options: argparse.Namespace) -> None:
+    import mlflow
+
+    train, val, test = options.splits
+    settings = {"batch_size": options.batch_size, "lr": options.lr, "seed": options.seed}
+    rows = {}
+
+    with tracking.run("cnn-pruning") as parent:
+        mlflow.log_params({"remove": options.remove, "device": options.device})
+
+        torch.manual_seed(options.seed)
+        model = CNN(options.channels).to(options.device)
+        with tracking.run("train"):
+            tracking.fit_and_log(model, train, val, test, epochs=options.epochs, **settings)
+            if options.device.type == "cpu":
+                mlflow.set_tag("stage", "baseline")
+        rows["trained"] = row(model, val, test)
+
+        pruner = TaylorPruner(model)
+        with tracking.run("prune"):
+            pruner.score(train)
+            removed = pruner.select(options.remove)
+            small = pruner.prune(options.remove)
+            val_loss, val_accuracy = evaluate(small, val)
+            mlflow.log_params({"criterion": "taylor", "removed": options.remove})
+            mlflow.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
+            mlflow.log_dict(removed, "removed.json")
+            tracking.log_network(small)
+        rows["pruned"] = row(small, val)
+
+        with tracking.run("fine-tune"):
+            tracking.fit_and_log(
+                small, train, val, test, epochs=options.fine_tune_epochs, **settings
+            )
+            rows["fine-tuned"] = row(small, val, test)
+            tracking.log_model(small, test[:2][0])
+
+    for network in (model, small):
+        print(summary(network.cpu(), (1, 1, 28, 28), verbose=0))
+    for layer, filters in removed.items():
+        print(f"removed from {layer}: {len(filters)} filters {filters}")
+    print(f"\n{pd.DataFrame(rows).T.to_string(formatters=FORMATS, na_rep='')}")
+    print(f"\nMLflow run {parent.info.run_id}, in {mlflow.get_tracking_uri()}")
+
+
+FORMATS = {
+    "filters": "{:.0f}".format,
+    "parameters": "{:,.0f}".format,
+    "MACs": "{:,.0f}".format,
+    "ms, batch 1": "{:.2f}".format,
+    "ms, batch 512": "{:.1f}".format,
+    "val accuracy": "{:.2%}".format,
+    "test accuracy": "{:.2%}".format,
+}
+
+
+def row(model: CNN, val, test=None) -> dict[str, float]:
+    """The costs and accuracies of one network; the test set only for those that are final."""
+    measured = costs(model) | {"val accuracy": evaluate(model, val)[1]}
+    return measured | {"test accuracy": evaluate(model, test)[1]} if test else measured
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        experiment(options)
+    except KeyboardInterrupt:
+        print("Interrupted; the MLflow run is marked as killed.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

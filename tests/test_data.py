@@ -1,0 +1,210 @@
+import hashlib
+import http.client
+import multiprocessing
+import os
+import re
+import shutil
+import urllib.request
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+from torchvision.datasets import FashionMNIST
+
+from cnn_pruning import fashion_mnist
+from cnn_pruning.data import batches
+from cnn_pruning.paths import ROOT
+
+EXTRACTED = [name.removesuffix(".gz") for name, _ in FashionMNIST.resources]
+
+
+@pytest.fixture(scope="module")
+def splits():
+    torch.manual_seed(1)
+    return fashion_mnist()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with copies of the four archives; removed at once, because it gets large."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, _ in FashionMNIST.resources:
+        shutil.copy(ROOT / "data" / "FashionMNIST" / "raw" / name, raw)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def raw_of(root):
+    return root / "FashionMNIST" / "raw"
+
+
+def assert_equal(left, right):
+    for one, other in zip(left, right, strict=True):
+        for a, b in zip(one.tensors, other.tensors, strict=True):
+            assert torch.equal(a, b)
+
+
+def examples(dataset):
+    """What identifies each example: the bytes of its image, and its label."""
+    images, labels = dataset.tensors
+    pixels = (images * 255).round().to(torch.uint8).flatten(1).numpy()
+    return [(row.tobytes(), label) for row, label in zip(pixels, labels.tolist(), strict=True)]
+
+
+def test_splits_have_the_sizes_types_and_ranges_that_are_promised(splits):
+    assert [len(dataset) for dataset in splits] == [55_000, 5_000, 10_000]
+    for dataset in splits:
+        images, labels = dataset.tensors
+        assert type(dataset) is TensorDataset
+        assert (images.shape, images.dtype) == ((len(dataset), 1, 28, 28), torch.float32)
+        assert (labels.shape, labels.dtype) == ((len(dataset),), torch.int64)
+        assert (images.min(), images.max()) == (0, 1)
+        assert labels.unique().tolist() == list(range(10))
+
+
+def test_the_validation_set_has_500_of_each_class(splits):
+    assert splits[1].tensors[1].bincount().tolist() == [500] * 10
+
+
+def test_train_and_validation_together_are_the_original_training_set(splits):
+    # As often as there: so no image is in both, none is lost, and each has its own label.
+    original = FashionMNIST(ROOT / "data", train=True)
+    whole = TensorDataset(original.data.unsqueeze(1) / 255, original.targets)
+    assert sorted(examples(splits[0]) + examples(splits[1])) == sorted(examples(whole))
+
+
+def test_the_test_set_is_the_original_one_in_its_order(splits):
+    original = FashionMNIST(ROOT / "data", train=False)
+    assert torch.equal((splits[2].tensors[0] * 255).round().squeeze(1), original.data.float())
+    assert torch.equal(splits[2].tensors[1], original.targets)
+
+
+def test_the_draw_is_fixed_and_takes_none_of_the_callers_random_numbers(splits):
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert_equal(fashion_mnist(), splits)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_archives_are_extracted_offline_and_damaged_extractions_are_repaired(
+    root, splits, monkeypatch
+):
+    def no_network(*args, **kwargs):
+        pytest.fail("the network was asked")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    raw = raw_of(root)
+    assert_equal(fashion_mnist(str(root)), splits)
+
+    images, labels, test_images, test_labels = (raw / name for name in EXTRACTED)
+    os.truncate(images, 1_000_000)
+    labels.write_bytes(b"")
+    altered = bytearray(test_images.read_bytes())
+    altered[-1] ^= 1  # one bit of the last pixel
+    test_images.write_bytes(altered)
+    test_labels.unlink()
+    assert_equal(fashion_mnist(root), splits)
+
+
+def test_complete_files_are_read_without_writing_and_without_archives(root, splits):
+    raw = raw_of(root)
+    for name in os.listdir(raw):
+        (raw / name).unlink()
+    for name in EXTRACTED:
+        shutil.copy(ROOT / "data" / "FashionMNIST" / "raw" / name, raw)
+    assert_equal(fashion_mnist(root), splits)
+    assert sorted(os.listdir(raw)) == sorted(EXTRACTED)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda old: old[:1000], lambda old: b"", lambda old: old + b"0"]
+)
+def test_a_damaged_archive_is_an_error_that_names_the_file(root, damage):
+    archive = raw_of(root) / "t10k-labels-idx1-ubyte.gz"
+    content = damage(archive.read_bytes())
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(archive))) as error:
+        fashion_mnist(root)
+    assert hashlib.md5(content).hexdigest() in str(error.value)
+    assert archive.read_bytes() == content  # it is the reader's to delete
+
+
+def no_mirrors(monkeypatch):
+    monkeypatch.setattr(FashionMNIST, "mirrors", [])
+
+
+def mirror_without_files(monkeypatch):
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["file:///there-is-no-such-folder/"])
+
+
+def connection_that_breaks_off(monkeypatch):
+    # urllib hands this one on as it is: it is an OSError, but not a URLError.
+    def urlopen(*args, **kwargs):
+        raise http.client.RemoteDisconnected("Remote end closed connection without response")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+
+@pytest.mark.parametrize("block", [no_mirrors, mirror_without_files, connection_that_breaks_off])
+def test_an_archive_that_can_not_be_downloaded_is_an_error_that_names_the_folder(
+    root, monkeypatch, block
+):
+    block(monkeypatch)
+    (raw_of(root) / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(ConnectionError, match=re.escape(str(raw_of(root)))):
+        fashion_mnist(root)
+
+
+def test_a_root_that_is_a_file_is_an_error_that_names_it(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OSError, match=re.escape(str(file))) as error:
+        fashion_mnist(file)
+    assert not isinstance(error.value, ConnectionError)
+
+
+def test_a_folder_that_can_not_be_written_to_is_an_error_that_names_it(root):
+    raw = raw_of(root)
+    raw.chmod(0o500)
+    try:
+        if os.access(raw, os.W_OK):
+            pytest.skip("this user may write anywhere")
+        with pytest.raises(OSError, match=re.escape(str(raw))) as error:
+            fashion_mnist(root)
+        assert not isinstance(error.value, ConnectionError)
+    finally:
+        raw.chmod(0o700)
+
+
+def load_together(root, barrier):
+    barrier.wait(timeout=60)
+    assert [len(dataset) for dataset in fashion_mnist(root)] == [55_000, 5_000, 10_000]
+
+
+def test_processes_that_start_together_all_get_the_data(root):
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["cnn_pruning"])  # torch is imported once for all three
+    else:
+        context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    processes = [context.Process(target=load_together, args=(root, barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+def test_batches_come_in_order_or_shuffled_and_cover_everything_once():
+    data = TensorDataset(torch.arange(10.0), torch.arange(10))
+    for dataset in (data, list(data)):
+        plain = list(batches(dataset, 4))
+        assert [labels.tolist() for _, labels in plain] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        shuffled = list(batches(dataset, 4, torch.Generator().manual_seed(0)))
+        assert [len(labels) for _, labels in shuffled] == [4, 4, 2]
+        order = torch.cat([labels for _, labels in shuffled])
+        assert order.tolist() != order.sort().values.tolist() == list(range(10))
+        for images, labels in plain + shuffled:
+            assert torch.equal(images, labels.float())

@@ -1,0 +1,534 @@
+import copy
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import (
+    PROPERTY,
+    SEEDS,
+    assert_same,
+    random_data,
+    random_filters,
+    random_network,
+    state_of,
+)
+from torch import nn
+from torch.nn.functional import cross_entropy, relu
+from torch.utils.data import TensorDataset
+
+from cnn_pruning import CNN, TaylorPruner, filter_scores, mask_filters, remove_filters
+
+
+def images_for(network, seed=0):
+    return random_data(network, size=3, seed=seed).tensors[0]
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def digits(size=4):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(size, 1, 28, 28, generator=generator)
+    return TensorDataset(images, torch.arange(size) % 10)
+
+
+def pruner_with(scores, **options):
+    """A pruner of a network with these scores, whatever its weights."""
+    layers, width = [], 1
+    for values in scores:
+        layers += [nn.Conv2d(width, len(values), 1), nn.ReLU()]
+        width = len(values)
+    pruner = TaylorPruner(nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 2)), **options)
+    pruner.scores = {str(2 * i): torch.tensor(values) for i, values in enumerate(scores)}
+    return pruner
+
+
+# Removing and masking
+
+
+@PROPERTY
+@given(SEEDS)
+def test_removed_and_masked_networks_have_the_same_logits(seed):
+    network = random_network(seed)
+    model, images = network.model.eval(), images_for(network, seed)
+    filters = random_filters(network, seed)
+    with mask_filters(model, filters):
+        masked = model(images)
+    # float64: rounding only, from sums of fewer terms
+    torch.testing.assert_close(remove_filters(model, filters)(images), masked)
+
+
+@pytest.mark.parametrize("channels", [(4,), (8, 16), (3, 4, 8)])
+def test_removed_and_masked_cnns_have_the_same_logits(channels):
+    torch.manual_seed(0)
+    model, images = CNN(channels).double(), digits().tensors[0].double()
+    filters = {f"network.{2 * i}": [width - 1, 0] for i, width in enumerate(channels)}
+    with mask_filters(model, filters):
+        masked = model(images)
+    small = remove_filters(model, filters)
+    torch.testing.assert_close(small(images), masked)
+    assert not torch.allclose(masked, model(images))
+    assert small.channels == tuple(width - 2 for width in channels)
+    # Widths and a state_dict are all that is needed to build the network again.
+    again = CNN(small.channels).double()
+    again.load_state_dict(small.state_dict())
+    assert_same(again(images), small(images))
+
+
+@PROPERTY
+@given(SEEDS)
+def test_removing_leaves_the_network_untouched_and_shares_nothing_with_it(seed):
+    network = random_network(seed)
+    model = network.model
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = state_of(model)
+    small = remove_filters(model, random_filters(network, seed))
+    assert_same(state_of(model), before)
+    assert all(p.grad is None for p in small.parameters())
+    with torch.no_grad():
+        for tensor in small.state_dict().values():
+            tensor.zero_()
+    assert_same(state_of(model), before)
+
+
+@PROPERTY
+@given(SEEDS)
+def test_removing_keeps_flags_dtype_and_the_order_of_what_stays(seed):
+    network = random_network(seed)
+    rng = random.Random(seed)
+    for module in network.model.modules():
+        module.training = rng.random() < 0.5
+    for parameter in network.model.parameters():
+        parameter.requires_grad = rng.random() < 0.5
+    filters = random_filters(network, seed)
+    small = remove_filters(network.model, filters)
+    assert [m.training for m in small.modules()] == [m.training for m in network.model.modules()]
+    old = dict(network.model.named_parameters())
+    assert list(old) == [name for name, _ in small.named_parameters()]
+    for name, parameter in small.named_parameters():
+        assert parameter.requires_grad == old[name].requires_grad
+        assert parameter.dtype == torch.float64
+        assert parameter.is_leaf
+    for name, removed in filters.items():
+        conv, pruned = network.model.get_submodule(name), small.get_submodule(name)
+        kept = [k for k in range(conv.out_channels) if k not in removed]
+        assert pruned.out_channels == len(pruned.weight) == len(kept)
+        if conv.bias is not None:
+            assert_same(pruned.bias, conv.bias[kept])
+
+
+def test_a_filter_takes_its_weights_its_batch_norm_and_its_consumers_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 1),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3 * 4, 2),
+    )
+    for tensor in (model[1].weight, model[1].bias, model[1].running_mean, model[1].running_var):
+        nn.init.uniform_(tensor)
+    model[1].num_batches_tracked.fill_(7)
+    small = remove_filters(model, {"0": [2, 0], "3": (1,)})
+    rest, others = [1, 3], [0, 2]
+    columns = [0, 1, 2, 3, 8, 9, 10, 11]  # of the Linear: 2 x 2 positions for each filter
+    expected = {
+        "0.weight": model[0].weight[rest],
+        "1.weight": model[1].weight[rest],
+        "1.bias": model[1].bias[rest],
+        "1.running_mean": model[1].running_mean[rest],
+        "1.running_var": model[1].running_var[rest],
+        "1.num_batches_tracked": torch.tensor(7),
+        "3.weight": model[3].weight[others][:, rest],
+        "3.bias": model[3].bias[others],
+        "6.weight": model[6].weight[:, columns],
+        "6.bias": model[6].bias,
+    }
+    assert_same(dict(small.state_dict()), {name: v.detach() for name, v in expected.items()})
+    assert [name for name, _ in small.named_buffers()] == [n for n, _ in model.named_buffers()]
+    assert (small[0].out_channels, small[1].num_features, small[3].in_channels) == (2, 2, 2)
+    assert (small[3].out_channels, small[6].in_features) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("channels", "count"), [((8, 16), 126_698), ((7, 10), 79_120), ((2, 4, 8), 63_122)]
+)
+def test_parameter_counts(channels, count):
+    assert parameters(CNN(channels)) == count
+
+
+def test_removing_1_and_6_filters_gives_the_reference_network():
+    small = remove_filters(CNN(), {"network.0": [3], "network.2": range(6)})
+    assert small.channels == (7, 10)
+    assert parameters(small) == 79_120
+
+
+@PROPERTY
+@given(SEEDS)
+def test_a_removed_network_can_be_trained_and_pruned_again(seed):
+    network = random_network(seed)
+    data = random_data(network, size=4)
+    images, labels = data.tensors
+    small = remove_filters(network.model, random_filters(network, seed)).eval()
+    before = [p.clone() for p in small.parameters()]
+    cross_entropy(small(images), labels).backward()
+    torch.optim.SGD(small.parameters(), lr=0.1).step()
+    # Not all of them: what lies before a dead ReLU has no gradient.
+    assert any(not torch.equal(p, q) for p, q in zip(small.parameters(), before, strict=True))
+    widths = {name: len(v) for name, v in filter_scores(small, data).items()}
+    again = {name: [0] for name, width in widths.items() if width > 1}
+    with mask_filters(small, again):
+        masked = small(images)
+    torch.testing.assert_close(remove_filters(small, again)(images), masked)
+
+
+def test_nothing_to_remove_gives_an_equal_network():
+    model, images = CNN((2, 3)), digits().tensors[0]
+    for filters in ({}, {"network.0": []}):
+        assert_same(remove_filters(model, filters)(images), model(images))
+        with mask_filters(model, filters):
+            masked = model(images)
+        assert_same(masked, model(images))
+
+
+@PROPERTY
+@given(SEEDS)
+def test_masked_feature_maps_are_zero_and_the_others_are_not_touched(seed):
+    network = random_network(seed)
+    model, x = network.model.eval(), images_for(network, seed)
+    filters = random_filters(network, seed)
+    first, *_ = filters  # one layer at a time, so that later layers see what masking it does
+    maps = {}
+    for masked in ({}, {first: filters[first]}):
+        with mask_filters(model, masked), torch.no_grad():
+            y = x
+            for layer in network.layers[: network.feature_maps()[first] + 1]:
+                y = layer(y)
+        maps[bool(masked)] = y.reshape(len(y), model.get_submodule(first).out_channels, -1)
+    expected = maps[False].clone()
+    expected[:, filters[first]] = 0
+    assert_same(maps[True], expected)
+
+
+def test_the_mask_is_behind_the_activation():
+    # sigmoid(0) is 0.5: zeroing what goes into it would not zero the feature map
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(12, 2))
+    with mask_filters(model, {"0": [1]}):
+        feature_map = model[:2](torch.rand(2, 1, 2, 2))
+    assert (feature_map[:, 1] == 0).all()
+    assert (feature_map[:, [0, 2]] > 0).all()
+
+
+def test_a_whole_layer_can_be_masked_but_not_removed():
+    model, images = CNN((2, 3)), digits().tensors[0]
+    with mask_filters(model, {"network.2": range(3)}):
+        logits = model(images)
+    assert_same(logits, model.network[-1].bias.expand(4, 10))
+    with pytest.raises(ValueError, match=r"network\.2 .*all of its 3 filters"):
+        remove_filters(model, {"network.2": range(3)})
+
+
+@PROPERTY
+@given(SEEDS)
+def test_masks_compose_and_are_gone_after_their_block(seed):
+    network = random_network(seed)
+    model, images = network.model.eval(), images_for(network)
+    before, plain = state_of(model), model(images)
+    one, other = random_filters(network, seed), random_filters(network, seed + 1)
+    both = {name: sorted({*one[name], *other[name]}) for name in one}
+    with mask_filters(model, both):
+        expected = model(images)
+    with mask_filters(model, one) as yielded:
+        assert yielded is model
+        outer = model(images)
+        with mask_filters(model, other):
+            assert_same(model(images), expected)
+        assert_same(model(images), outer)
+    assert_same(model(images), plain)
+    assert_same(state_of(model), before)
+
+
+def test_masks_are_gone_after_an_exception():
+    network = random_network(3)
+    before = state_of(network.model)
+    with (
+        pytest.raises(ArithmeticError),
+        mask_filters(network.model, random_filters(network, 3)),
+    ):
+        raise ArithmeticError
+    assert_same(state_of(network.model), before)
+
+
+def test_a_masked_filter_scores_zero():
+    model = CNN((3, 4))
+    with mask_filters(model, {"network.0": [2], "network.2": [0, 3]}):
+        scores = filter_scores(model, digits())
+    assert scores["network.0"].eq(0).tolist() == [False, False, True]
+    assert scores["network.2"].eq(0).tolist() == [True, False, False, True]
+
+
+def test_one_activation_for_all_layers_is_supported():
+    torch.manual_seed(0)
+    act = nn.Sigmoid()
+    shared = nn.Sequential(
+        nn.Conv2d(1, 3, 3), act, nn.Conv2d(3, 4, 3), act, nn.Flatten(), nn.Linear(16, 5), act
+    ).append(nn.Linear(5, 3))
+    separate = copy.deepcopy(shared)
+    for i in (3, 6):
+        separate[i] = nn.Sigmoid()
+    filters = {"0": [1], "2": [0, 3]}
+    data = TensorDataset(torch.rand(3, 1, 6, 6), torch.arange(3))
+    images = data.tensors[0]
+    assert_same(filter_scores(shared, data), filter_scores(separate, data))
+    with mask_filters(shared, filters), mask_filters(separate, filters):
+        assert_same(shared(images), separate(images))
+    assert_same(remove_filters(shared, filters)(images), remove_filters(separate, filters)(images))
+
+
+# What can't be named
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"network.1": [0]}, r"'network\.1' is not a layer .*network\.0, network\.2"),
+        ({"nonsense": []}, r"'nonsense' is not a layer .*network\.0, network\.2"),
+        ({"network.0": [3]}, r"network\.0 has filters 0 to 2, but \[3\]"),
+        ({"network.0": [0, -1]}, r"network\.0 has filters 0 to 2, but \[-1\]"),
+        ({"network.0": [1, 1]}, r"network\.0 .*twice"),
+        ({"network.0": [1.0]}, r"network\.0 must be a list of integers, but they are \[1\.0\]"),
+        ({"network.0": "12"}, r"network\.0 must be a list of integers"),
+        ({"network.0": 1}, r"network\.0 must be a list of integers"),
+        ({"network.0": [0], "network.2": [None]}, r"network\.2 must be a list of integers"),
+    ],
+)
+def test_filters_that_do_not_exist_are_an_error_that_names_the_layer(filters, message):
+    model = CNN((3, 4))
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        remove_filters(model, filters)
+    with pytest.raises(ValueError, match=message), mask_filters(model, filters):
+        pytest.fail("the block must not run")
+    assert_same(state_of(model), before)
+
+
+def test_filters_can_be_any_integers():
+    model = CNN((4,))
+    expected = remove_filters(model, {"network.0": [0, 2]}).state_dict()
+    for indices in ({2, 0}, (2, 0), torch.tensor([2, 0]), range(0, 3, 2), iter([2, 0])):
+        assert_same(remove_filters(model, {"network.0": indices}).state_dict(), expected)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return relu(self.conv(x))
+
+
+class Forked(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def around(*layers):
+    """``layers`` take and give 4 channels of 6 x 6; the first is the network's layer 2."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), *layers, nn.Flatten(), nn.Linear(144, 3)
+    )
+
+
+def used_twice(layer):
+    return around(layer, nn.ReLU(), layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (around(nn.Conv2d(4, 4, 3, padding=1, groups=2)), r"^2 is a grouped convolution"),
+        (around(nn.Sequential(Residual())), r"^add, in 2\.0"),
+        (around(Functional()), r"^relu, in 2 "),
+        (around(nn.LayerNorm(6)), r"^2 is a LayerNorm"),
+        (around(nn.GroupNorm(2, 4)), r"^2 is a GroupNorm"),
+        (around(nn.ConvTranspose2d(4, 4, 3, padding=1)), r"^2 is a ConvTranspose2d"),
+        (around(nn.Softmax(1)), r"^2 is a Softmax"),
+        (around(nn.PReLU(4)), r"^2 is a PReLU"),
+        (used_twice(nn.Conv2d(4, 4, 3, padding=1)), r"^2 is used twice"),
+        (used_twice(nn.BatchNorm2d(4)), r"^2 is used twice"),
+        (around(nn.Flatten(2), nn.Unflatten(2, (6, 6))), r"^2 is a Flatten"),
+        # It mixes the columns of an image and not its channels.
+        (around(nn.Linear(6, 6)), r"^2 "),
+        (around(Forked()), "can't be read as a chain"),
+    ],
+)
+def test_a_network_that_is_no_chain_is_an_error_that_names_the_layer(model, message):
+    data = TensorDataset(torch.rand(2, 1, 6, 6), torch.arange(2))
+    model(data.tensors[0])  # PyTorch has no objection
+    before = state_of(model)
+    for use in (
+        lambda: TaylorPruner(model),
+        lambda: filter_scores(model, data),
+        lambda: remove_filters(model, {"0": [0]}),
+        lambda: mask_filters(model, {"0": [0]}).__enter__(),
+    ):
+        with pytest.raises(TypeError, match=message) as error:
+            use()
+        assert "Torch-Pruning" in str(error.value)
+    assert_same(state_of(model), before)
+
+
+# Selecting
+
+
+def lowest_by_brute_force(scores, n, min_filters, normalize):
+    """Take the lowest filter that may go, n times."""
+    left = {}
+    for position, (layer, values) in enumerate(scores.items()):
+        values = values.double()
+        scale = values.norm().item() if normalize and values.any() else 1.0
+        # float32, as the scores are: what ties there must tie here
+        shown = (values / scale).float().tolist()
+        left[layer] = [(value, position, k) for k, value in enumerate(shown)]
+    chosen = {layer: [] for layer in scores}
+    for _ in range(n):
+        open_layers = [layer for layer in left if len(left[layer]) > min_filters]
+        layer = min(open_layers, key=lambda name: min(left[name]))
+        lowest = min(left[layer])
+        left[layer].remove(lowest)
+        chosen[layer].append(lowest[2])
+    return {layer: sorted(indices) for layer, indices in chosen.items()}
+
+
+# Powers of two, few of them: many ties, which float32 holds exactly
+SCORES = st.lists(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 4.0]), min_size=1, max_size=6),
+    min_size=1,
+    max_size=3,
+)
+
+
+@PROPERTY
+@given(SCORES, st.integers(1, 3), st.data())
+def test_exactly_the_n_lowest_are_selected_and_min_filters_stay(values, min_filters, data):
+    pruner = pruner_with(values, min_filters=min_filters, normalize=False)
+    spare = sum(max(0, len(v) - min_filters) for v in values)
+    n = data.draw(st.integers(0, spare))
+    selected = pruner.select(n)
+    assert list(selected) == list(pruner.scores)
+    assert sum(map(len, selected.values())) == n
+    for layer, indices in selected.items():
+        assert len(pruner.scores[layer]) - len(indices) >= min(
+            min_filters, len(pruner.scores[layer])
+        )
+    assert selected == lowest_by_brute_force(pruner.scores, n, min_filters, normalize=False)
+
+
+@PROPERTY
+@given(SEEDS)
+def test_normalized_scores_are_compared_by_default(seed):
+    rng = random.Random(seed)
+    # Layers of very different sizes, so that the raw order is another one; no near ties
+    values = [[scale * (rng.random() + 0.01) for _ in range(5)] for scale in (1.0, 1e-4)]
+    pruner = pruner_with(values)
+    for n in range(9):
+        expected = lowest_by_brute_force(pruner.scores, n, 1, normalize=True)
+        assert pruner.select(n) == expected
+    pruner.normalize = False
+    assert pruner.select(4) == {"0": [], "2": sorted(pruner.select(4)["2"])}
+
+
+def test_ties_go_by_layer_then_by_index():
+    pruner = pruner_with([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5]])  # equal after normalization, too
+    assert [pruner.select(n) for n in range(5)] == [
+        {"0": [], "2": []},
+        {"0": [1], "2": []},
+        {"0": [1, 2], "2": []},
+        {"0": [1, 2], "2": [0]},
+        {"0": [1, 2], "2": [0, 2]},
+    ]
+
+
+def test_ties_go_by_the_order_of_the_layers_not_of_their_names():
+    # As text, "10" comes before "2".
+    pruner = pruner_with([[1.0, 1.0]] * 6)
+    assert pruner.select(2) == {"0": [0], "2": [0], "4": [], "6": [], "8": [], "10": []}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_layer(value):
+    pruner = pruner_with([[1.0, 2.0], [1.0, value]])
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=r"^2 has scores that are not finite"):
+            pruner.select(n)
+
+
+@pytest.mark.parametrize("n", [4, 100, -1, 1.0, "1", None, True])
+def test_a_number_that_can_not_be_removed_is_an_error_that_says_what_can(n):
+    pruner = pruner_with([[1.0, 2.0, 3.0], [1.0], [1.0, 2.0, 3.0, 4.0]], min_filters=2)
+    pruner.select(3)
+    with pytest.raises(ValueError, match=r"min_filters=2.* 0 to 3 \(1 of 0, 0 of 2, 2 of 4\)"):
+        pruner.select(n)
+    with pytest.raises(ValueError, match=repr(n)):
+        pruner.prune(n)
+
+
+@pytest.mark.parametrize("min_filters", [0, -1, 1.5, True])
+def test_min_filters_is_at_least_1(min_filters):
+    with pytest.raises(ValueError, match="min_filters"):
+        TaylorPruner(CNN((2,)), min_filters=min_filters)
+
+
+def test_an_unknown_criterion_is_an_error_from_the_start():
+    with pytest.raises(ValueError, match="'taylor'"):
+        TaylorPruner(CNN((2,)), criterion="tailor")
+
+
+def test_selecting_before_scoring_is_an_error():
+    pruner = TaylorPruner(CNN((2, 3)))
+    assert pruner.scores is None
+    for use in (pruner.select, pruner.prune):
+        with pytest.raises(RuntimeError, match="score"):
+            use(1)
+
+
+def test_the_pruner_keeps_the_scores_that_it_returns():
+    torch.manual_seed(0)
+    model, data = CNN((3, 4)), digits()
+    pruner = TaylorPruner(model, criterion=lambda z, g: z.mean(2))
+    scores = pruner.score(data)
+    assert_same(scores, filter_scores(model, data, lambda z, g: z.mean(2)))
+    assert_same(pruner.scores, scores)
+
+
+@PROPERTY
+@given(SEEDS)
+def test_pruning_removes_what_was_selected_and_leaves_the_network_untouched(seed):
+    network = random_network(seed)
+    before = state_of(network.model)
+    pruner = TaylorPruner(network.model)
+    scores = copy.deepcopy(pruner.score(random_data(network)))
+    n = sum(len(values) - 1 for values in scores.values()) // 2
+    small = pruner.prune(n)
+    assert_same(small.state_dict(), remove_filters(network.model, pruner.select(n)).state_dict())
+    widths = [small.get_submodule(name).out_channels for name in scores]
+    assert sum(map(len, scores.values())) - sum(widths) == n
+    assert_same(pruner.scores, scores)
+    assert pruner.model is network.model
+    assert_same(state_of(network.model), before)

@@ -1,0 +1,258 @@
+import copy
+from itertools import chain
+
+import pytest
+import torch
+from networks import assert_same, state_of
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from cnn_pruning import CNN, evaluate, fit
+
+
+def network(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64, 2),
+        )
+
+
+def bright_or_dark(size, seed=0):
+    """Images of 4 x 4 whose label says which half of them is the brighter one."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (size,), generator=generator)
+    images = torch.rand(size, 1, 4, 4, generator=generator)
+    images[labels == 0, :, :2] += 0.5
+    images[labels == 1, :, 2:] += 0.5
+    return TensorDataset(images, labels)
+
+
+class Pairs(Dataset):
+    def __init__(self, data):
+        self.pairs = [(image, int(label)) for image, label in data]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i]
+
+
+TRAIN, VAL = bright_or_dark(40), bright_or_dark(20, seed=1)
+EMPTY = TensorDataset(torch.rand(0, 1, 4, 4), torch.zeros(0, dtype=torch.int64))
+
+
+# Evaluating
+
+
+def test_evaluation_is_the_mean_cross_entropy_and_the_share_of_right_answers():
+    model = network().double()
+    images, labels = VAL.tensors[0].double(), VAL.tensors[1]
+    loss, accuracy = evaluate(model, TensorDataset(images, labels))
+    with torch.no_grad():
+        probabilities = copy.deepcopy(model).eval()(images).softmax(1)
+    expected = -sum(
+        row[label].log() for row, label in zip(probabilities, labels, strict=True)
+    ) / len(labels)
+    right = sum(
+        int(row[label] == row.max()) for row, label in zip(probabilities, labels, strict=True)
+    )
+    assert loss == pytest.approx(expected.item())  # float64: rounding only
+    assert accuracy == right / len(labels)
+    assert (type(loss), type(accuracy)) == (float, float)
+
+
+def test_evaluation_on_logits_worked_out_by_hand():
+    # Logits of (0, ln 3) and (ln 3, 0): the label's probability is 3/4, 1/4 and 3/4.
+    high = torch.log(torch.tensor(3.0))
+    data = TensorDataset(torch.tensor([[0, high], [0, high], [high, 0]]), torch.tensor([1, 0, 0]))
+    model = nn.Linear(2, 2)
+    model.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+    loss, accuracy = evaluate(model, data)
+    assert loss == pytest.approx((2 * 0.287682 + 1.386294) / 3, rel=1e-5)  # six digits given
+    assert accuracy == 2 / 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 19, 100])
+def test_evaluation_does_not_depend_on_the_batch_size_or_the_kind_of_dataset(batch_size):
+    model = network()
+    expected = evaluate(model, VAL)
+    for data in (VAL, Pairs(VAL)):
+        # float32: rounding only
+        assert evaluate(model, data, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_leaves_nothing_behind():
+    model = network()
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = state_of(model)
+    for data in (VAL, Pairs(VAL)):
+        evaluate(model, data)
+    assert_same(state_of(model), before)
+    assert torch.is_grad_enabled()
+
+
+def test_evaluation_on_nothing_is_an_error():
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(network(), EMPTY)
+
+
+# Training
+
+
+def test_a_simple_task_is_learned():
+    model = network()
+    history = fit(model, TRAIN, VAL, epochs=20, batch_size=8, lr=1e-2)
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert evaluate(model, TRAIN)[1] == 1  # half against half differs by 0.5 on average
+    assert history[-1]["val_accuracy"] >= 0.9
+
+
+def test_every_epoch_is_a_row_and_on_epoch_sees_it_at_once():
+    model, seen = network(), []
+
+    def on_epoch(row):
+        # The row describes the network as it is now.
+        assert evaluate(model, VAL) == (row["val_loss"], row["val_accuracy"])
+        seen.append(dict(row))
+
+    history = fit(model, TRAIN, VAL, epochs=3, on_epoch=on_epoch)
+    assert history == seen
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    for row in history:
+        assert list(row) == ["epoch", "train_loss", "val_loss", "val_accuracy"]
+
+
+def test_the_training_loss_is_the_mean_over_the_examples_whatever_the_last_batch():
+    # A learning rate too small to change anything: every batch sees the same network.
+    data = bright_or_dark(11)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    expected, _ = evaluate(model, data)
+    history = fit(model, data, VAL, epochs=1, batch_size=5, lr=1e-30)
+    assert history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)  # float32
+
+
+def test_an_epoch_shows_every_example_once_in_another_order():
+    shown = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 2)
+
+        def forward(self, x):
+            if self.training:
+                shown.append(x.flatten().tolist())
+            return self.linear(x)
+
+    data = TensorDataset(torch.arange(10.0).view(10, 1), torch.arange(10) % 2)
+    fit(Watched(), data, data, epochs=2, batch_size=4)
+    assert [len(batch) for batch in shown] == [4, 4, 2, 4, 4, 2]
+    first, second = [*chain(*shown[:3])], [*chain(*shown[3:])]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert list(range(10)) not in (first, second)
+
+
+@pytest.mark.parametrize("kind", [lambda data: data, Pairs])
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(kind):
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(runs))  # the caller's random numbers play no part
+        model = network()
+        history = fit(model, kind(TRAIN), VAL, epochs=2, batch_size=8, seed=seed)
+        runs.append((history, model.state_dict()))
+    assert_same(runs[0], runs[1])
+    assert runs[0][0] != runs[2][0]
+    assert not torch.equal(runs[0][1]["4.weight"], runs[2][1]["4.weight"])
+
+
+def test_training_leaves_the_callers_random_numbers_and_the_flags_as_they_were():
+    model = network()
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    before = state_of(model)
+    for data in (TRAIN, Pairs(TRAIN)):
+        fit(model, data, VAL, epochs=1, batch_size=8)
+    after = state_of(model)
+    for part in ("random", "training", "requires_grad", "hooks", "attributes"):
+        assert_same(after[part], before[part])
+    assert after["grads"] == [None] * len(after["grads"])
+
+
+def test_the_network_is_in_training_mode_while_it_is_trained():
+    model = network().eval()
+    fit(model, TRAIN, VAL, epochs=1, batch_size=8)
+    assert model[1].num_batches_tracked == 5
+    assert not any(module.training for module in model.modules())
+
+
+def test_flags_are_restored_when_training_is_stopped():
+    def stop(row):
+        raise KeyboardInterrupt
+
+    model = network().eval()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, TRAIN, VAL, on_epoch=stop)
+    assert not any(module.training for module in model.modules())
+
+
+def test_frozen_parameters_stay():
+    model = network()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    fit(model, TRAIN, VAL, epochs=1)
+    assert_same(model[0].weight.detach(), before["0.weight"])
+    assert not torch.equal(model[4].weight, before["4.weight"])
+
+
+def test_no_epochs_change_nothing():
+    model = network()
+    before = state_of(model)
+    assert fit(model, TRAIN, VAL, epochs=0) == []
+    assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": -1}, "epochs .*-1"),
+        ({"epochs": 1.0}, "epochs .*1.0"),
+        ({"epochs": True}, "epochs .*True"),
+        ({"lr": 0}, "lr .*0"),
+        ({"lr": -1e-3}, "lr .*-0.001"),
+        ({"lr": float("nan")}, "lr .*nan"),
+        ({"lr": float("inf")}, "lr .*inf"),
+        ({"batch_size": 0}, "batch_size .*0"),
+        ({"batch_size": 2.5}, "batch_size .*2.5"),
+        ({"train": EMPTY}, "empty"),
+        ({"val": EMPTY}, "empty"),
+    ],
+)
+def test_what_is_out_of_range_is_an_error_and_the_network_is_unchanged(options, message):
+    model = network()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        fit(model, **{"train": TRAIN, "val": VAL, "epochs": 1, **options})
+    assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize("batch_size", [8, 40])
+def test_a_loss_that_is_no_longer_finite_is_an_error(batch_size):
+    # With one batch of all 40, only the loss on the validation set can show it.
+    model = CNN((2,)).eval()
+    images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(images, torch.arange(40) % 10)
+    with pytest.raises(FloatingPointError, match=r"epoch 1.*1e\+30"):
+        fit(model, data, data, epochs=1, batch_size=batch_size, lr=1e30)
+    assert not any(module.training for module in model.modules())
