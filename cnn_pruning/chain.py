@@ -92,7 +92,7 @@ def links(model: nn.Module) -> dict[str, Link]:
             current.followers.append(layer)
         elif current and kind is nn.Flatten:
             if (layer.start_dim, layer.end_dim) != (1, -1):
-                raise _unsupported(name, f"is {layer}, which keeps more than the examples apart")
+                raise _unsupported(name, f"is a {layer}, which keeps more than the examples apart")
             flat = True
         elif current and kind not in PASSIVE:
             raise _unsupported(name, f"is a {kind.__name__}, which no rule is known for")

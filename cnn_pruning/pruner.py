@@ -245,18 +245,19 @@ def _checked(chain: Mapping[str, Link], filters: Filters) -> dict[str, list[int]
     checked = {}
     for layer, indices in filters.items():
         if layer not in chain:
+            prunable = ", ".join(chain) or "none"
             raise ValueError(
-                f"{layer!r} is not a layer whose filters can go: those are {', '.join(chain) or 'none'}."
+                f"{layer!r} is not a layer whose filters can go: those are {prunable}."
             )
-        indices = list(indices)
         try:
+            indices = list(indices)
+            if any(isinstance(k, bool) for k in indices):
+                raise TypeError
             checked[layer] = sorted(index(k) for k in indices)
         except TypeError:
-            checked[layer] = None
-        if checked[layer] is None or any(isinstance(k, bool) for k in indices):
             raise ValueError(
-                f"The filters of {layer} must be a list of integers, but they are {indices}."
-            )
+                f"The filters of {layer} must be a list of integers, but they are {indices!r}."
+            ) from None
         last = chain[layer].conv.out_channels - 1
         wrong = [k for k in checked[layer] if not 0 <= k <= last]
         if wrong:

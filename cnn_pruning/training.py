@@ -31,8 +31,9 @@ def fit(
 
     A row holds ``epoch`` (from 1), ``train_loss`` (mean over the epoch's examples, while the
     network learns), ``val_loss`` and ``val_accuracy`` (a fraction), measured after the epoch.
-    ``on_epoch`` is called with each row as soon as it is known. The order of the mini-batches
-    and what dropout draws depend on ``seed`` alone; the caller's random numbers are untouched. The optimizer is new on each call, so it holds no removed filter.
+    ``on_epoch`` is called with each row as soon as it is known. The order of the mini-batches and
+    what dropout draws depend on ``seed`` alone; the caller's random numbers are untouched. The
+    optimizer is new on each call, so it holds no removed filter.
 
     The model stays on its device, and its training flags are as before. Its convolutions are laid
     out channels last, which is faster on a CPU and changes no value.

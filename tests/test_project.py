@@ -1,0 +1,93 @@
+"""The project's files agree with each other."""
+
+import json
+import re
+import tomllib
+
+import pytest
+import torchinfo
+
+from cnn_pruning import CNN
+from cnn_pruning.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind):
+    notebook = json.loads(path.read_text())
+    return [c for c in notebook["cells"] if c["cell_type"] == kind and c["source"]]
+
+
+def text(cell):
+    return "".join(cell["source"])
+
+
+def test_conda_takes_every_dependency_from_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line.strip() for line in (ROOT / "environment.yml").read_text().splitlines()]
+    listed = lines[lines.index("dependencies:") + 1 :]
+    python, *others = listed
+    assert others == ["- pip", "- pip:", "- -e ."]
+    version = tuple(map(int, python.removeprefix("- python=").split(".")))
+    lowest = tuple(map(int, project["requires-python"].removeprefix(">=").split(".")))
+    assert version >= lowest
+    for dependency in project["dependencies"]:
+        assert re.fullmatch(r"[a-z-]+>=[\d.]+,<\d+", dependency), f"{dependency} has no bounds"
+
+
+def test_every_notebook_is_listed_in_the_readme():
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        assert f"(notebooks/{path.name})" in README
+
+
+@EACH
+def test_notebook_was_run_whole_and_in_order(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    counts = [cell["execution_count"] for cell in cells(path, "code")]
+    assert counts == list(range(1, len(counts) + 1))
+    for cell in notebook["cells"]:
+        assert not any("skip" in tag for tag in cell["metadata"].get("tags", []))
+
+
+@EACH
+def test_notebook_shows_results_and_nothing_else(path):
+    outputs = [output for cell in cells(path, "code") for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    shown = json.dumps(outputs)
+    assert "image/png" in shown
+    assert "jupyter.widget" not in shown
+    assert "widgets" not in json.loads(path.read_text())["metadata"]
+    assert "Warning" not in shown
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|usr|Users|work|var|mnt|opt)/", shown)
+    assert "<progress" not in shown, "a progress bar that never ended"
+    assert path.stat().st_size < 1_000_000
+
+
+@EACH
+def test_notebook_asserts_what_it_claims(path):
+    assert sum(text(cell).count("assert") for cell in cells(path, "code")) >= 5
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda path: path.stem)
+def test_links_between_files_resolve(path):
+    source = (
+        path.read_text() if path.suffix == ".md" else "".join(map(text, cells(path, "markdown")))
+    )
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", source)
+    files = [link for link in links if "://" not in link]
+    assert files
+    for link in files:
+        assert (path.parent / link).exists(), f"{link} does not exist"
+
+
+@pytest.mark.parametrize("channels", [(8, 16), (7, 10)])
+def test_the_tables_of_the_readme_are_the_summaries_of_the_networks(channels):
+    table = str(
+        torchinfo.summary(CNN(channels), (1, 1, 28, 28), verbose=0, col_names=["num_params"])
+    )
+    for count in re.findall(r"(\d[\d,]*)$", table, re.MULTILINE)[:4]:
+        assert count in README
