@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
@@ -135,17 +136,17 @@ def filter_cards(
         _picture(axis, image[0], cmap="gray_r")
     for axis in (axes[0, 0], axes[0, -1]):
         axis.axis("off")
-    axes[0, 0].set_title("kernel (red +, blue -)", size=9, loc="center", y=0)
+    axes[0, 0].set_title("kernel", size=9, loc="center", y=0)
     axes[0, -1].set_title("score", size=9, y=0)
     limit = kernels.abs().max()
-    brightest = maps.max()
+    brightness = PowerNorm(0.5, vmin=0, vmax=maps.max().item())  # dim maps have shapes too
     for row, k in zip(axes[1:], order, strict=True):
         gap = torch.full((kernels.shape[2], 1), float("nan"))
         strip = torch.cat([part for s in kernels[k] for part in (s, gap)][:-1], dim=1)
         _picture(row[0], strip, cmap="RdBu_r", vmin=-limit, vmax=limit)
         row[0].set_ylabel(k, rotation=0, ha="right", va="center")
         for axis, values in zip(row[1:], maps[k], strict=False):
-            _picture(axis, values, cmap="magma", vmin=0, vmax=brightest)
+            _picture(axis, values, cmap="magma", norm=brightness)
         row[-1].barh([0], [scores[k]], color=color)
         row[-1].set(xlim=(0, 1.35 * scores.max()), ylim=(-0.8, 0.8), xticks=[], yticks=[])
         row[-1].text(scores[k] + 0.02 * scores.max(), 0, f"{scores[k]:.1e}", va="center", size=8)
