@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--fine-tune-epochs", type=natural, default=5, help="epochs after pruning")
     add("--batch-size", type=positive, default=128, help="images in a mini-batch")
     add("--lr", type=rate, default=3e-3, help="learning rate at the start of both trainings")
-    add("--seed", type=natural, default=0, help="draws the weights and the order of the images")
+    add("--seed", type=natural, default=1, help="draws the weights and the order of the images")
     add("--device", type=device, default="cpu", help="where to compute")
     add("--data", type=Path, default=None, help="folder of the data set, if not the project's")
     options = parser.parse_args(arguments)

@@ -267,3 +267,40 @@ def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> F
     names = ("removed filter", "what the next layer had for it", "stays")
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
+
+
+def overview(
+    image: Tensor, maps: Mapping[str, Tensor], scores: Mapping[str, Tensor], removed: Mapping
+) -> Figure:
+    """The README's picture: every filter's feature map on ``image`` above its score.
+
+    ``image`` (H, W); ``maps`` (K, H, W) and ``scores`` (K,) for each layer. The filters of each
+    layer stand in the order of their scores; those in ``removed`` are crossed out.
+    """
+    widest = max(len(values) for values in scores.values())
+    figure, axes = _figure(
+        2 * len(scores),
+        widest + 1,
+        12,
+        1.75 * len(scores),
+        gridspec_kw={"width_ratios": [1.6, *[1] * widest], "height_ratios": [2, 1] * len(scores)},
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    _picture(axes[0, 0], image, cmap="gray_r")
+    for row, (color, (layer, values)) in enumerate(zip(LAYERS, scores.items(), strict=False)):
+        top, bottom = axes[2 * row], axes[2 * row + 1]
+        bottom[0].text(0, 0.5, f"{layer}\nTaylor score", color=color, weight="bold", size=9)
+        brightness = PowerNorm(0.5, vmin=0, vmax=maps[layer].max().item())
+        order = values.argsort(descending=True).tolist()
+        for column, k in enumerate(order, start=1):
+            gone = k in removed.get(layer, [])
+            top[column].imshow(maps[layer][k], cmap="magma", norm=brightness)
+            bottom[column].bar([0], [values[k]], color="white" if gone else color, width=0.6)
+            bottom[column].set(xlim=(-0.5, 0.5), ylim=(0, values.max()))
+            if gone:
+                bottom[column].patches[0].set(edgecolor=REMOVED, hatch="////", lw=1)
+                end = maps[layer].shape[1] - 1
+                for ys in ((0, end), (end, 0)):
+                    top[column].plot((0, end), ys, color=REMOVED, lw=2.5)
+    return figure

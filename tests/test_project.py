@@ -91,3 +91,12 @@ def test_the_tables_of_the_readme_are_the_summaries_of_the_networks(channels):
     )
     for count in re.findall(r"(\d[\d,]*)$", table, re.MULTILINE)[:4]:
         assert count in README
+
+
+def test_the_results_in_the_readme_are_those_of_notebook_5():
+    outputs = [
+        o for c in cells(ROOT / "notebooks/05_fine_tuning.ipynb", "code") for o in c["outputs"]
+    ]
+    printed = ["".join(output["text"]) for output in outputs if output.get("name") == "stdout"]
+    (table,) = (text for text in printed if "test accuracy" in text and "ms, batch 512" in text)
+    assert table.strip("\n") in README
