@@ -179,24 +179,20 @@ def estimate_against_truth(
     xlabel: str,
     ylabel: str,
     title: str,
-    identity: bool = False,
 ) -> Figure:
     """One numbered point a filter, colored by layer, on logarithmic axes.
 
-    Filters with a zero can't be drawn on them and are counted in the legend. ``identity`` draws
-    the line of equality.
+    Filters with a zero can't be drawn on these and are counted in the legend.
     """
     figure, ((axis,),) = _figure(1, 1, 6.2, 4.8)
     for color, layer in zip(LAYERS, estimate, strict=False):
-        axis.scatter(estimate[layer], truth[layer], s=150, color=color, alpha=0.6, label=layer)
-        for k, point in enumerate(
-            zip(estimate[layer].tolist(), truth[layer].tolist(), strict=True)
-        ):
-            axis.annotate(k, point, ha="center", va="center", size=7)
-    if identity:
-        x = torch.cat(list(estimate.values()))
-        axis.axline((x.min().item(),) * 2, slope=1, color=CONTROL, lw=1, zorder=0)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        x, y = estimate[layer], truth[layer]
+        drawn = ((x > 0) & (y > 0)).nonzero().flatten().tolist()
+        zeros = f" ({len(x) - len(drawn)} at zero)" if len(drawn) < len(x) else ""
+        axis.scatter(x[drawn], y[drawn], s=150, color=color, alpha=0.6, label=layer + zeros)
+        for k in drawn:
+            axis.annotate(k, (x[k].item(), y[k].item()), ha="center", va="center", size=7)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", yscale="log")
     axis.legend()
     return figure
 

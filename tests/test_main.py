@@ -1,0 +1,297 @@
+import io
+from contextlib import redirect_stdout
+
+import mlflow
+import pytest
+import torch
+from test_tracking import dataset, new_store, no_server, place, runs
+
+import cnn_pruning.__main__ as program
+from cnn_pruning import TaylorPruner, tracking
+from cnn_pruning.data import FashionMNIST
+
+SPLITS = dataset(200), dataset(50, seed=1), dataset(40, seed=2)
+SMALL = {
+    "--channels": "2 3",
+    "--remove": "2",
+    "--epochs": "2",
+    "--fine-tune-epochs": "1",
+    "--batch-size": "50",
+    "--lr": "0.001",
+    "--seed": "3",
+}
+
+
+def arguments(**changed):
+    options = SMALL | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
+    return [part for name, value in options.items() for part in (name, *value.split(" "))]
+
+
+def by_name(found):
+    return {run.data.tags["mlflow.runName"]: run for run in found}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("main")
+    return folder, new_store(folder, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def finished(shared):
+    """What one run of the program printed, and its MLflow runs by name."""
+    with place(*shared), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "fashion_mnist", lambda root: SPLITS)
+        with redirect_stdout(io.StringIO()) as printed:
+            assert program.main(arguments()) == 0
+        return printed.getvalue(), by_name(runs())
+
+
+@pytest.fixture
+def store(shared, monkeypatch):
+    monkeypatch.setattr(program, "fashion_mnist", lambda root: SPLITS)
+    with place(*shared):
+        yield
+
+
+# What it prints
+
+
+def test_both_networks_are_summarized_the_trained_one_first(finished):
+    printed, _ = finished
+    before, trained, small = printed.partition("removed from")[0].split("Total params:")
+    # CNN((2, 3)): 20 + 57 + 23,530; three filters are left of its five.
+    assert trained.split()[0] == "23,607"
+    assert int(small.split()[0].replace(",", "")) < 23_607
+    assert before.count("Conv2d") == 2
+
+
+def test_what_was_removed_is_printed_layer_by_layer_as_it_is_recorded(finished, store):
+    printed, found = finished
+    removed = mlflow.artifacts.load_dict(f"runs:/{found['prune'].info.run_id}/removed.json")
+    assert list(removed) == ["network.0", "network.2"]
+    assert sum(len(filters) for filters in removed.values()) == 2
+    for layer, filters in removed.items():
+        assert f"removed from {layer}: {len(filters)} filters {filters}\n" in printed
+
+
+def test_the_table_has_each_network_and_the_test_set_for_the_final_ones_only(finished):
+    printed, found = finished
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
+    assert [name for name in rows if name in ("trained", "pruned", "fine-tuned")] == [
+        "trained",
+        "pruned",
+        "fine-tuned",
+    ]
+    assert rows["trained"][:2] == ["5", "23,607"]
+    assert rows["pruned"][:3] == rows["fine-tuned"][:3] and rows["pruned"][0] == "3"
+    for name, run in (("trained", "train"), ("fine-tuned", "fine-tune")):
+        accuracies = [found[run].data.metrics[key] for key in ("val_accuracy", "test_accuracy")]
+        assert rows[name][-2:] == [f"{accuracy:.2%}" for accuracy in accuracies]
+    assert [cell.endswith("%") for cell in rows["pruned"]] == [False] * 5 + [True]
+    assert rows["pruned"][-1] == f"{found['prune'].data.metrics['val_accuracy']:.2%}"
+
+
+def test_the_last_line_says_which_run_it_was_and_where(finished, shared):
+    printed, found = finished
+    last = printed.splitlines()[-1]
+    assert found["cnn-pruning"].info.run_id in last
+    assert shared[1] in last
+
+
+# What it records
+
+
+def test_one_run_with_a_finished_child_for_each_step(finished):
+    _, found = finished
+    assert list(found) == ["cnn-pruning", "train", "prune", "fine-tune"]
+    parent = found["cnn-pruning"]
+    assert parent.data.params["remove"] == "2"
+    for name, run in found.items():
+        assert run.info.status == "FINISHED"
+        under = None if run is parent else parent.info.run_id
+        assert run.data.tags.get("mlflow.parentRunId") == under, name
+
+
+def test_settings_are_recorded_with_the_step_they_belong_to(finished):
+    _, found = finished
+    shared = {"batch_size": "50", "lr": "0.001", "seed": "3"}
+    assert found["train"].data.params == {"channels": "(2, 3)", "epochs": "2", **shared}
+    assert found["fine-tune"].data.params.items() >= {"epochs": "1", **shared}.items()
+    assert found["prune"].data.params == {"criterion": "taylor", "removed": "2"}
+    assert "test_accuracy" not in found["prune"].data.metrics
+
+
+def test_the_recorded_networks_are_those_of_the_steps(finished, store):
+    _, found = finished
+    trained, pruned, tuned = (
+        tracking.load_network(found[name].info.run_id) for name in ("train", "prune", "fine-tune")
+    )
+    assert trained.channels == (2, 3)
+    assert sum(pruned.channels) == 3 and pruned.channels == tuned.channels
+    images = SPLITS[2].tensors[0]
+    with torch.no_grad():
+        expected = tuned(images).argmax(1)
+    assert torch.equal(tracking.predict(found["fine-tune"].info.run_id, images), expected)
+
+
+def test_its_training_is_a_baseline_for_the_notebooks(finished, store, monkeypatch):
+    _, found = finished
+    monkeypatch.setattr(tracking, "fit", lambda *_, **__: pytest.fail("it was trained again"))
+    settings = {"epochs": 2, "batch_size": 50, "lr": 1e-3}
+    _, run_id = tracking.baseline(*SPLITS, (2, 3), 3, **settings)
+    assert run_id == found["train"].info.run_id
+
+
+def test_nothing_to_remove_and_no_fine_tuning_are_allowed(store, monkeypatch, capsys):
+    monkeypatch.setattr(program, "costs", lambda model: {"filters": 5})
+    assert program.main(arguments(remove="0", fine_tune_epochs="0", epochs="1")) == 0
+    assert "removed from network.0: 0 filters []" in capsys.readouterr().out
+
+
+# Interrupted
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "expected"),
+    [
+        (tracking, "fit", {"cnn-pruning": "KILLED", "train": "KILLED"}),
+        (program, "costs", {"cnn-pruning": "KILLED", "train": "FINISHED"}),
+        (
+            TaylorPruner,
+            "score",
+            {"cnn-pruning": "KILLED", "train": "FINISHED", "prune": "KILLED"},
+        ),
+        (
+            tracking,
+            "log_model",
+            {
+                "cnn-pruning": "KILLED",
+                "train": "FINISHED",
+                "prune": "FINISHED",
+                "fine-tune": "KILLED",
+            },
+        ),
+    ],
+)
+def test_an_interrupt_kills_the_run_and_the_step_it_is_in(
+    store, monkeypatch, capsys, owner, name, expected
+):
+    tracking.connect()
+    before = {run.info.run_id for run in runs()}
+    monkeypatch.setattr(program, "costs", lambda model: {"filters": 5})
+    monkeypatch.setattr(owner, name, interrupt)
+    assert program.main(arguments(epochs="1")) == 130
+    new = [run for run in runs() if run.info.run_id not in before]
+    assert {name: run.info.status for name, run in by_name(new).items()} == expected
+    printed = capsys.readouterr()
+    assert "Interrupted" in printed.err and printed.err.count("\n") == 1
+    assert mlflow.active_run() is None
+
+
+# Bad values
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run the program with arguments that it must refuse; return the one line it prints."""
+
+    def run(argv):
+        here = tmp_path / "here"
+        here.mkdir()
+        with place(here, f"sqlite:///{(here / 'mlflow.db').as_posix()}"):
+            with pytest.raises(SystemExit) as stop:
+                program.main(argv)
+        assert stop.value.code == 2
+        assert list(here.iterdir()) == []
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.endswith("\n") and printed.err.count("\n") == 1
+        return printed.err
+
+    return run
+
+
+@pytest.fixture
+def not_recorded(monkeypatch):
+    """To connect makes the database, so nothing may come so far."""
+    monkeypatch.setattr(program, "fashion_mnist", lambda root: SPLITS)
+    monkeypatch.setattr(tracking, "connect", lambda: pytest.fail("the value was not refused"))
+
+
+NO_COUNT = ["-1", "text", "1.5", "", "nan", "1e3"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("channels", value) for value in ["0", "8 0", "-8 16", "8 text", "", "8,16"]),
+        *(("remove", value) for value in NO_COUNT),
+        *(("epochs", value) for value in ["0", *NO_COUNT]),
+        *(("fine_tune_epochs", value) for value in NO_COUNT),
+        *(("batch_size", value) for value in ["0", *NO_COUNT]),
+        *(("lr", value) for value in ["0", "-0.001", "text", "nan", "inf", "-inf", "", "1e-999"]),
+        *(("seed", value) for value in [*NO_COUNT, str(2**64)]),
+        *(("device", value) for value in ["text", "0", "", "tpu9", "cuda:99", "meta", "hpu"]),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line_that_names_its_option(
+    refused, not_recorded, option, value
+):
+    assert f"--{option.replace('_', '-')}" in refused(arguments(**{option: value}))
+
+
+@pytest.mark.parametrize("count", ["4", "5", "1000"])
+def test_more_filters_than_the_layers_can_spare_are_refused(refused, not_recorded, count):
+    assert count in refused(arguments(remove=count))  # 2 + 3, and each keeps one
+
+
+@pytest.mark.parametrize("argv", [["--colour", "3"], ["text"], ["--epochs"], ["--channels"]])
+def test_unknown_options_and_missing_values_are_refused(refused, not_recorded, argv):
+    assert argv[0] in refused(argv)
+
+
+def test_a_file_in_place_of_the_data_folder_is_refused(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file" in refused(arguments(data=str(tmp_path / "file")))
+
+
+def test_a_missing_data_folder_is_refused_where_nothing_can_be_downloaded(
+    refused, tmp_path, monkeypatch
+):
+    with no_server() as uri:
+        monkeypatch.setattr(FashionMNIST, "mirrors", [f"{uri}/"])
+        assert "missing" in refused(arguments(data=str(tmp_path / "missing")))
+
+
+def test_a_server_that_does_not_answer_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "fashion_mnist", lambda root: SPLITS)
+    with no_server() as uri, place(tmp_path, uri), pytest.raises(SystemExit) as stop:
+        program.main(arguments())
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert uri in printed and printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "fashion_mnist", lambda root: SPLITS)
+    with place(tmp_path, "nonsense://here"), pytest.raises(SystemExit) as stop:
+        program.main(arguments())
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "nonsense" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_every_option(not_recorded, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        program.main([option])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for name in (*SMALL, "--device", "--data"):
+        assert name in printed
