@@ -16,7 +16,7 @@ from cnn_pruning.measure import costs
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def positive(text: str) -> int:
@@ -28,6 +28,12 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2**64 - 1")
     return int(text)
 
 
@@ -43,8 +49,11 @@ def rate(text: str) -> float:
 
 def device(text: str) -> torch.device:
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError, NotImplementedError):
+        found = torch.empty(0, device=text).device
+        if found.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a device of this machine: use 'cpu', or 'cuda' where there is one"
         ) from None
@@ -64,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--fine-tune-epochs", type=natural, default=5, help="epochs after pruning")
     add("--batch-size", type=positive, default=128, help="images in a mini-batch")
     add("--lr", type=rate, default=3e-3, help="learning rate at the start of both trainings")
-    add("--seed", type=natural, default=1, help="draws the weights and the order of the images")
+    add("--seed", type=seed, default=1, help="draws the weights and the order of the images")
     add("--device", type=device, default="cpu", help="where to compute")
     add("--data", type=Path, default=None, help="folder of the data set, if not the project's")
     options = parser.parse_args(arguments)
@@ -150,6 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the MLflow run is marked as killed.", file=sys.stderr)
         return 130
+    except FloatingPointError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

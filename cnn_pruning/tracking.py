@@ -11,6 +11,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ def connect() -> str:
     repository's root, with their files in ``mlruns`` beside it. Both are made on first use, once,
     even when several processes start together.
 
-    Raises ``ConnectionError`` within seconds if a tracking server doesn't answer.
+    Raises ``ConnectionError`` within seconds if a tracking server doesn't answer, and
+    ``ValueError`` if MLflow can't use the place.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri and uri.startswith(("http://", "https://")):
@@ -52,12 +54,15 @@ def connect() -> str:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # would log a lock file as well
     mlflow.set_tracking_uri(uri or f"sqlite:///{(ROOT / 'mlflow.db').as_posix()}")
-    with FileLock(ROOT / ".mlflow.lock"):
-        experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            files = None if uri else (ROOT / "mlruns").as_uri()
-            mlflow.create_experiment(EXPERIMENT, artifact_location=files)
-    return mlflow.set_experiment(EXPERIMENT).experiment_id
+    try:
+        with FileLock(ROOT / ".mlflow.lock"):
+            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+                files = None if uri else (ROOT / "mlruns").as_uri()
+                mlflow.create_experiment(EXPERIMENT, artifact_location=files)
+        return mlflow.set_experiment(EXPERIMENT).experiment_id
+    except mlflow.MlflowException as error:
+        where = f"MLFLOW_TRACKING_URI={uri}" if uri else str(ROOT / "mlflow.db")
+        raise ValueError(f"MLflow can't keep its runs at {where} ({error}).") from error
 
 
 @contextmanager
@@ -139,20 +144,23 @@ def baseline(
     train: TensorDataset,
     val: TensorDataset,
     test: TensorDataset,
-    channels: tuple[int, ...],
-    seed: int,
-    **settings: int | float,
+    channels: tuple[int, ...] = (8, 16),
+    seed: int = 0,
+    epochs: int = 5,
+    batch_size: int = 128,
+    lr: float = 3e-3,
 ) -> tuple[CNN, str]:
     """Return the network trained with these settings, on the CPU, and the id of its run.
 
     It is read from the newest finished run with the same settings. If there is none, or its
     network can't be read, the network is trained and logged. ``seed`` draws the first weights as
-    well as the order of the mini-batches; ``settings`` are those of ``fit``.
+    well as the order of the mini-batches; the other settings are those of ``fit``.
     """
     import mlflow
 
     experiment = connect()
-    wanted = {"channels": tuple(channels), "seed": seed, **settings}
+    settings = {"seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": lr}
+    wanted = {"channels": tuple(channels), **settings}
     matches = [f"params.{name} = '{value}'" for name, value in wanted.items()]
     found = mlflow.search_runs(
         [experiment],
@@ -162,12 +170,12 @@ def baseline(
     for candidate in found:
         try:
             return load_network(candidate.info.run_id), candidate.info.run_id
-        except (mlflow.MlflowException, OSError):
+        except Exception:  # deleted, cut short, made by another version: train it again
             continue
     torch.manual_seed(seed)
     model = CNN(channels)
     with run("cnn-pruning") as parent, run("train", parent.info.run_id) as active:
-        fit_and_log(model, train, val, test, seed=seed, **settings)
+        fit_and_log(model, train, val, test, **settings)
         mlflow.set_tag("stage", "baseline")
     return model, active.info.run_id
 
@@ -220,7 +228,7 @@ def _check_answer(uri: str) -> None:
         urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=ANSWER_WITHIN).close()
     except urllib.error.HTTPError:
         pass  # it refuses this page, but it answers
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise ConnectionError(
             f"The MLflow server at MLFLOW_TRACKING_URI={uri} does not answer ({error}): start it, "
             "or unset MLFLOW_TRACKING_URI to use the file mlflow.db."
