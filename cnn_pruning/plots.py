@@ -1,5 +1,6 @@
 """The figures of the notebooks: data in, matplotlib figure out."""
 
+import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -40,6 +41,14 @@ def _picture(axis: Axes, values: Tensor, **options) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG, for an ``ipywidgets.Image``."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    plt.close(figure)
+    return file.getvalue()
 
 
 def class_examples(images: Tensor, labels: Tensor, each: int = 6) -> Figure:
