@@ -1,6 +1,5 @@
 import hashlib
 import http.client
-import multiprocessing
 import os
 import re
 import shutil
@@ -182,19 +181,14 @@ def load_together(root, barrier):
     assert [len(dataset) for dataset in fashion_mnist(root)] == [55_000, 5_000, 10_000]
 
 
-def test_processes_that_start_together_all_get_the_data(root):
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["cnn_pruning"])  # torch is imported once for all three
-    else:
-        context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(3)
-    processes = [context.Process(target=load_together, args=(root, barrier)) for _ in range(3)]
-    for process in processes:
+def test_processes_that_start_together_all_get_the_data(root, processes):
+    barrier = processes.Barrier(3)
+    started = [processes.Process(target=load_together, args=(root, barrier)) for _ in range(3)]
+    for process in started:
         process.start()
-    for process in processes:
+    for process in started:
         process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in started] == [0, 0, 0]
 
 
 def test_batches_come_in_order_or_shuffled_and_cover_everything_once():

@@ -4,7 +4,7 @@ from contextlib import redirect_stdout
 import mlflow
 import pytest
 import torch
-from test_tracking import dataset, new_store, no_server, place, runs
+from stores import dataset, new_store, no_server, place, runs
 
 import cnn_pruning.__main__ as program
 from cnn_pruning import TaylorPruner, tracking

@@ -1,90 +1,20 @@
-import os
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from contextlib import contextmanager
-from unittest import mock
 
 import mlflow
 import pytest
 import torch
 from networks import assert_same
-from torch.utils.data import TensorDataset
+from stores import artifacts, dataset, first_use, new_store, no_server, place, runs, silent_server
 
 from cnn_pruning import CNN, TaylorPruner, tracking
 
 SETTINGS = {"epochs": 1, "batch_size": 20, "lr": 1e-3}
 
 
-def dataset(size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(size, 1, 28, 28, generator=generator)
-    return TensorDataset(images, torch.randint(10, (size,), generator=generator))
-
-
 SPLITS = dataset(60), dataset(30, seed=1), dataset(30, seed=2)
 IMAGES = SPLITS[2].tensors[0]
-
-
-@contextmanager
-def place(root, uri=None, cwd=None):
-    """The repository's root is ``root``; MLflow's settings are put back at the end."""
-    with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-            del os.environ[name]
-        os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
-        if uri:
-            os.environ["MLFLOW_TRACKING_URI"] = uri
-        patch.setattr(tracking, "ROOT", root)
-        patch.chdir(cwd or root)
-        try:
-            yield
-        finally:
-            while mlflow.active_run():  # left by a test that failed
-                mlflow.end_run()
-
-
-def first_use(tmp_path_factory):
-    """The folder whose ``root`` holds a default store used from the folder ``cwd``.
-
-    Made once in all tests, because a new database takes seconds.
-    """
-    folder = tmp_path_factory.getbasetemp() / "first-use"
-    if not folder.exists():
-        (folder / "root").mkdir(parents=True)
-        (folder / "cwd").mkdir()
-        with place(folder / "root", cwd=folder / "cwd"):
-            tracking.connect()
-            with tracking.run("first"):
-                tracking.log_network(CNN((2,)))
-    return folder
-
-
-def new_store(folder, tmp_path_factory):
-    """Make a store without the project's experiment in ``folder``; return its address."""
-    uri = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
-    shutil.copy(first_use(tmp_path_factory) / "root" / "mlflow.db", folder / "mlflow.db")
-    with place(folder, uri):  # the first use of an address settles where its files go
-        client = mlflow.MlflowClient(uri)
-        old = client.get_experiment_by_name(tracking.EXPERIMENT)
-        client.rename_experiment(old.experiment_id, "another experiment")
-    return uri
-
-
-def runs(uri=None):
-    """All runs of the project, the oldest first."""
-    client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    return client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
-
-
-def artifacts(run_id, uri=None):
-    return sorted(file.path for file in mlflow.MlflowClient(uri).list_artifacts(run_id))
 
 
 def assert_equal_networks(left, right):
@@ -154,20 +84,6 @@ def test_the_address_in_the_environment_wins_over_the_default_store(tmp_path, tm
         assert [found.info.run_id for found in runs()] == [active.info.run_id]
     assert len(list((cwd / "mlruns").rglob("network.pt"))) == 1
     assert not (root / "mlflow.db").exists() and not (root / "mlruns").exists()
-
-
-@contextmanager
-def silent_server():
-    """A server that takes connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-@contextmanager
-def no_server():
-    with silent_server() as uri:
-        pass
-    yield uri
 
 
 @contextmanager
@@ -418,59 +334,9 @@ def test_a_baseline_that_did_not_finish_is_not_used(store, monkeypatch, error):
 # A server
 
 
-@pytest.fixture
-def server(tmp_path, tmp_path_factory):
-    """An MLflow server of its own process on the loopback; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    backend = new_store(tmp_path, tmp_path_factory)
-    options = {
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--workers": "1",
-        "--backend-store-uri": backend,
-        "--artifacts-destination": str(tmp_path / "served"),
-    }
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "mlflow",
-                "server",
-                *(x for pair in options.items() for x in pair),
-            ],
-            cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if "MLFLOW" not in name}
-            | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    uri = f"http://127.0.0.1:{port}"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            try:
-                direct.open(f"{uri}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 def test_everything_is_tracked_on_a_server_too(server, tmp_path):
-    here = tmp_path / "here"
-    here.mkdir()
-    with place(here, server):
+    uri, folder = server
+    with place(tmp_path, uri):
         model, trained = baseline(epochs=2)
         read, same = baseline(epochs=2)
         assert same == trained
@@ -490,7 +356,7 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
         assert tracking.load_network(prune.info.run_id).channels == small.channels
         assert mlflow.artifacts.load_dict(f"runs:/{prune.info.run_id}/removed.json") == removed
 
-        found = {run.data.tags["mlflow.runName"]: run for run in runs(server)}
+        found = {run.data.tags["mlflow.runName"]: run for run in runs(uri)}
         assert list(found) == ["cnn-pruning", "train", "prune", "fine-tune"]
         assert {run.info.status for run in found.values()} == {"FINISHED"}
         for name, run in found.items():
@@ -500,13 +366,13 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
         assert found["fine-tune"].data.params["channels"] == str(small.channels)
         for name in ("train", "fine-tune"):
             assert {"train_loss", "val_accuracy", "test_accuracy"} <= set(found[name].data.metrics)
-            steps = mlflow.MlflowClient(server).get_metric_history(
+            steps = mlflow.MlflowClient(uri).get_metric_history(
                 found[name].info.run_id, "train_loss"
             )
             assert [m.step for m in steps] == ([1, 2] if name == "train" else [1])
-        assert artifacts(trained, server) == ["network.pt", "summary.txt"]
-        assert "removed.json" in artifacts(prune.info.run_id, server)
+        assert artifacts(trained, uri) == ["network.pt", "summary.txt"]
+        assert "removed.json" in artifacts(prune.info.run_id, uri)
         (tracked,) = found["fine-tune"].outputs.model_outputs
-        assert mlflow.MlflowClient(server).get_logged_model(tracked.model_id).name == "model"
-    assert not (here / "mlruns").exists() and not (here / "mlflow.db").exists()
-    assert list((tmp_path / "served").rglob("network.pt"))
+        assert mlflow.MlflowClient(uri).get_logged_model(tracked.model_id).name == "model"
+    assert not (tmp_path / "mlruns").exists() and not (tmp_path / "mlflow.db").exists()
+    assert list((folder / "served").rglob("network.pt"))

@@ -1,0 +1,82 @@
+"""What takes long to start, started in the background before the first test that needs it."""
+
+import multiprocessing.forkserver
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes(request):
+    """Importing torch takes most of the time of a new process; here, it's done once for all."""
+    needed = any("processes" in item.fixturenames for item in request.session.items)
+    if needed and "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["cnn_pruning"])
+        multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture
+def processes():
+    """The multiprocessing context in which processes start fast."""
+    known = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server(request, tmp_path_factory):
+    """An MLflow server of its own process, with a new store; its address and folder."""
+    if not any("server" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+        "--backend-store-uri": f"sqlite:///{(folder / 'mlflow.db').as_posix()}",
+        "--artifacts-destination": str(folder / "served"),
+    }
+    arguments = [argument for option in options.items() for argument in option]
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *arguments],
+            cwd=folder,
+            env={name: value for name, value in os.environ.items() if "MLFLOW" not in name}
+            | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process, f"http://127.0.0.1:{port}", folder
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def server(_server):
+    """The address of the MLflow server, which answers, and its folder."""
+    process, uri, folder = _server
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(600):
+        assert process.poll() is None, (folder / "server.log").read_text()
+        try:
+            direct.open(f"{uri}/health", timeout=5).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    return uri, folder

@@ -1,0 +1,90 @@
+"""Places where MLflow keeps runs, for the tests."""
+
+import os
+import shutil
+import socket
+from contextlib import contextmanager
+from unittest import mock
+
+import mlflow
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from cnn_pruning import CNN, tracking
+
+
+def dataset(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(size, 1, 28, 28, generator=generator)
+    return TensorDataset(images, torch.randint(10, (size,), generator=generator))
+
+
+@contextmanager
+def place(root, uri=None, cwd=None):
+    """The repository's root is ``root``; MLflow's settings are put back at the end."""
+    with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            del os.environ[name]
+        os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+        if uri:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+        patch.setattr(tracking, "ROOT", root)
+        patch.chdir(cwd or root)
+        try:
+            yield
+        finally:
+            while mlflow.active_run():  # left by a test that failed
+                mlflow.end_run()
+
+
+def first_use(tmp_path_factory):
+    """The folder whose ``root`` holds a default store used from the folder ``cwd``.
+
+    Made once in all tests, because a new database takes seconds.
+    """
+    folder = tmp_path_factory.getbasetemp() / "first-use"
+    if not folder.exists():
+        (folder / "root").mkdir(parents=True)
+        (folder / "cwd").mkdir()
+        with place(folder / "root", cwd=folder / "cwd"):
+            tracking.connect()
+            with tracking.run("first"):
+                tracking.log_network(CNN((2,)))
+    return folder
+
+
+def new_store(folder, tmp_path_factory):
+    """Make a store without the project's experiment in ``folder``; return its address."""
+    uri = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+    shutil.copy(first_use(tmp_path_factory) / "root" / "mlflow.db", folder / "mlflow.db")
+    with place(folder, uri):  # the first use of an address settles where its files go
+        client = mlflow.MlflowClient(uri)
+        old = client.get_experiment_by_name(tracking.EXPERIMENT)
+        client.rename_experiment(old.experiment_id, "another experiment")
+    return uri
+
+
+def runs(uri=None):
+    """All runs of the project, the oldest first."""
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    return client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+
+
+def artifacts(run_id, uri=None):
+    return sorted(file.path for file in mlflow.MlflowClient(uri).list_artifacts(run_id))
+
+
+@contextmanager
+def silent_server():
+    """A server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextmanager
+def no_server():
+    with silent_server() as uri:
+        pass
+    yield uri
