@@ -65,7 +65,7 @@ def links(model: nn.Module) -> dict[str, Link]:
     current = None
     flat = False
     seen = set()
-    for name, layer in _layers(model):
+    for name, layer in layers(model):
         kind = type(layer)
         if kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
             if layer in seen:
@@ -99,8 +99,12 @@ def links(model: nn.Module) -> dict[str, Link]:
     return {name: link for name, link in found.items() if link.consumer is not None}
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers in the order they are applied, each to the output of the one before."""
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the layers, with their names, in the order in which each takes what the one before
+    puts out.
+
+    Raises ``TypeError`` where ``model`` isn't such a chain.
+    """
     if type(model) in (nn.Conv2d, nn.Linear):
         return [("", model)]
     try:
@@ -110,13 +114,13 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__} can't be read as a chain of layers ({error}): put its layers "
             "into an nn.Sequential, or use Torch-Pruning."
         ) from error
-    layers = []
+    found = []
     before = None
     for node in graph.nodes:
         if node.op == "placeholder" and before is None:
             pass
         elif node.op == "call_module" and node.args == (before,) and not node.kwargs:
-            layers.append((node.target, model.get_submodule(node.target)))
+            found.append((node.target, model.get_submodule(node.target)))
         elif node.op == "output" and node.args == (before,):
             break
         else:
@@ -124,7 +128,7 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             where = f"{node.name}, in {inside}" if inside else node.name
             raise _unsupported(where, "is not a layer that follows the one before it")
         before = node
-    return layers
+    return found
 
 
 def _unsupported(name: str, why: str) -> TypeError:

@@ -1,19 +1,17 @@
 """Score the filters of a network, mask them, remove them."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import index
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from cnn_pruning import criteria
 from cnn_pruning.chain import Link, links
-from cnn_pruning.data import batches
-from cnn_pruning.training import training_flags
+from cnn_pruning.feature_maps import on_feature_maps
 
 Scores = dict[str, Tensor]
 Filters = Mapping[str, Iterable[int]]
@@ -22,57 +20,34 @@ Filters = Mapping[str, Iterable[int]]
 def filter_scores(
     model: nn.Module,
     data: Dataset,
-    criterion: str | criteria.Criterion = "taylor",
+    criterion: str | criteria.PerExample = "taylor",
     batch_size: int = 128,
 ) -> Scores:
-    """Return the score of every filter: the mean of a criterion over all examples of ``data``.
+    """Return the score of every filter by ``criterion``, on ``data``.
 
     The keys are the names of the convolutions, as ``model.named_modules()`` has them, in the order
     they are applied; the values are tensors (number of filters,) on the CPU, in the model's dtype,
     not normalized. A convolution that puts out the network's own output is left out.
 
-    ``criterion`` is a name in ``criteria.CRITERIA`` or a function of (feature map, gradient), both
-    (N, filters, positions), that returns (N, filters). The gradient is that of each example's own
-    cross-entropy. One forward and one backward pass over ``data``, any dataset of (image, label).
+    ``criterion`` is a name in ``criteria.CRITERIA``, or a function of (feature map, gradient), both
+    (N, filters, positions), that returns (N, filters): its mean over all examples is the score. The
+    gradient is that of each example's own cross-entropy. ``data`` is any dataset of
+    (image, label). A function, and ``"taylor"``, take one forward and one backward pass over it.
 
     The network runs in evaluation mode and is left as it was: no ``.grad``, hook or flag changes.
-    Neither ``batch_size`` nor the order of the examples changes the result beyond rounding.
+    Neither ``batch_size`` nor the order of the examples changes the result beyond rounding (of
+    ``"obd"``, which estimates by random draws, see there).
 
     Raises ``TypeError`` if the network isn't a chain, ``ValueError`` for an unknown criterion or
     an empty dataset.
 
     Source: Molchanov et al. 2017, section 2.2.
     """
-    criterion = criteria.find(criterion)
-    chain = links(model)
-    loader = batches(data, batch_size)
-    if not chain:
-        return {}
-    parameter = next(model.parameters())
-    feature_maps: dict[str, Tensor] = {}
-
-    def keep(layer: str, z: Tensor) -> None:
-        if not z.requires_grad:  # all that lies before it is frozen
-            z.requires_grad_()
-        feature_maps[layer] = z
-
-    totals = {
-        layer: torch.zeros(link.conv.out_channels, dtype=torch.float64)
-        for layer, link in chain.items()
+    scores = criteria.find(criterion)(model, data, batch_size)
+    return {
+        layer: values.to("cpu", model.get_submodule(layer).weight.dtype)
+        for layer, values in scores.items()
     }
-    with training_flags(model), torch.enable_grad(), _on_feature_maps(chain, keep):
-        model.eval()
-        for images, labels in loader:
-            images, labels = images.to(parameter.device), labels.to(parameter.device)
-            # Summed, so that each example's gradient is that of its own loss.
-            loss = cross_entropy(model(images), labels, reduction="sum")
-            gradients = torch.autograd.grad(loss, list(feature_maps.values()))
-            for (layer, z), gradient in zip(feature_maps.items(), gradients, strict=True):
-                shape = (len(images), len(totals[layer]), -1)
-                score = criterion(z.detach().reshape(shape), gradient.reshape(shape))
-                totals[layer] += score.sum(0, dtype=torch.float64).cpu()
-            feature_maps.clear()
-    return {layer: (total / len(data)).to(parameter.dtype) for layer, total in totals.items()}
 
 
 @contextmanager
@@ -94,7 +69,7 @@ def mask_filters(model: nn.Module, filters: Filters) -> Iterator[nn.Module]:
         where = torch.tensor(masked[layer], device=z.device)
         return channels.index_fill(1, where, 0).reshape(z.shape)
 
-    with _on_feature_maps(chain, zero):
+    with on_feature_maps(chain, zero):
         yield model
 
 
@@ -143,7 +118,7 @@ class TaylorPruner:
     def __init__(
         self,
         model: nn.Module,
-        criterion: str | criteria.Criterion = "taylor",
+        criterion: str | criteria.PerExample = "taylor",
         normalize: bool = True,
         min_filters: int = 1,
     ) -> None:
@@ -153,7 +128,8 @@ class TaylorPruner:
             )
         links(model)
         self.model = model
-        self.criterion = criteria.find(criterion)
+        criteria.find(criterion)
+        self.criterion = criterion
         self.normalize = normalize
         self.min_filters = min_filters
         self.scores: Scores | None = None
@@ -205,39 +181,6 @@ class TaylorPruner:
     def prune(self, n: int) -> nn.Module:
         """Return a new network without the ``n`` filters that ``select(n)`` names."""
         return remove_filters(self.model, self.select(n))
-
-
-@contextmanager
-def _on_feature_maps(
-    chain: Mapping[str, Link], act: Callable[[str, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Call ``act(layer, feature map)`` in every forward pass; what it returns takes its place.
-
-    An activation module may stand behind several convolutions. So each convolution starts a count
-    of the layers that follow it, and the last of these puts out its feature map.
-    """
-    names = {link.conv: layer for layer, link in chain.items()}
-    current, left = None, 0
-
-    def hook(module: nn.Module, _: tuple, output: Tensor) -> Tensor | None:
-        nonlocal current, left
-        if module in names:
-            current = names[module]
-            left = len(chain[current].followers)
-        elif current is not None:
-            left -= 1
-        if current is not None and left == 0:
-            layer, current = current, None
-            return act(layer, output)
-        return None
-
-    modules = {m for link in chain.values() for m in (link.conv, *link.followers)}
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _checked(chain: Mapping[str, Link], filters: Filters) -> dict[str, list[int]]:

@@ -1,5 +1,7 @@
 import copy
+import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from cnn_pruning import CNN, filter_scores
-from cnn_pruning.criteria import normalize, taylor
+from cnn_pruning import CNN, evaluate, filter_scores, remove_filters
+from cnn_pruning.criteria import CRITERIA, normalize, obd, taylor
+from cnn_pruning.oracle import oracle
 
 # Everything is float64, so assert_close's own tolerances (1e-7 relative) leave room for rounding
 # only.
@@ -280,6 +283,207 @@ def test_a_batch_size_that_is_not_a_positive_integer_is_an_error(batch_size):
     network = random_network(0)
     with pytest.raises(ValueError, match="batch_size"):
         filter_scores(network.model, random_data(network), batch_size=batch_size)
+
+
+# The other criteria, each against a slow and obvious second way
+
+
+def maps_and_logits(network, images):
+    """The feature maps (N, K, M) by name, with their graph, and the logits, layer by layer."""
+    wanted = {position: name for name, position in network.feature_maps().items()}
+    x, filters, maps = images, None, {}
+    for i, layer in enumerate(network.layers):
+        x = layer(x)
+        filters = layer.out_channels if isinstance(layer, nn.Conv2d) else filters
+        if i in wanted:
+            maps[wanted[i]] = x = x.reshape(len(x), filters, -1).reshape(x.shape)
+    return {name: (z, z.reshape(len(z), -1, z[0, 0].numel())) for name, z in maps.items()}, x
+
+
+def one_by_one(network, data):
+    """For each filter by name: its maps and the loss's gradient there, example by example."""
+    network.model.eval()
+    found = {}
+    for image, label in data:
+        with torch.enable_grad():
+            maps, logits = maps_and_logits(network, image[None])
+            loss = -logits.log_softmax(1)[0, label]
+            slopes = torch.autograd.grad(loss, [z for z, _ in maps.values()])
+        for (name, (z, _)), slope in zip(maps.items(), slopes, strict=True):
+            filters = network.model.get_submodule(name).out_channels
+            rows = found.setdefault(name, [[] for _ in range(filters)])
+            for k in range(filters):
+                rows[k].append((z.detach().reshape(filters, -1)[k], slope.reshape(filters, -1)[k]))
+    return found
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+BY_HAND = {
+    "taylor_abs_first": lambda rows: mean(mean(abs(a) for a in z * g) for z, g in rows),
+    "taylor_abs_last": lambda rows: abs(mean(mean(z * g) for z, g in rows)),
+    "taylor_squared": lambda rows: mean(sum(z * g) ** 2 for z, g in rows),
+    "activation_mean": lambda rows: mean(mean(z) for z, _ in rows),
+    "activation_std": lambda rows: torch.cat([z for z, _ in rows]).std(correction=0),
+    "apoz": lambda rows: mean(sum(float(a > 0) for a in z) / len(z) for z, _ in rows),
+}
+
+
+@pytest.mark.parametrize("criterion", BY_HAND)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_criterion_over_feature_maps_is_its_formula(criterion, seed):
+    network = random_network(seed)
+    data = random_data(network, seed=seed)
+    expected = {
+        name: torch.tensor([BY_HAND[criterion](rows) for rows in filters], dtype=torch.float64)
+        for name, filters in one_by_one(network, data).items()
+    }
+    # A standard deviation near 0 is the root of a difference of squares: 1e-16 becomes 1e-8.
+    atol = 1e-7 if criterion == "activation_std" else 1e-12
+    scores = filter_scores(network.model, data, criterion, batch_size=2)
+    torch.testing.assert_close(scores, expected, rtol=1e-7, atol=atol)
+
+
+def information(left, right):
+    pairs, size = list(zip(left, right, strict=True)), len(left)
+    return sum(
+        count / size * math.log(size * count / (left.count(a) * right.count(b)))
+        for (a, b), count in Counter(pairs).items()
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mutual_information_is_that_of_the_ranks_in_tenths_and_the_labels(seed):
+    network = random_network(seed)
+    data = random_data(network, size=40, seed=seed)
+    labels = data.tensors[1].tolist()
+    for name, filters in one_by_one(network, data).items():
+        expected = []
+        for rows in filters:
+            means = [z.mean().item() for z, _ in rows]
+            ordered = sorted(means)
+            edges = [ordered[int(i / 10 * 39)] for i in range(1, 10)]
+            tenths = [sum(value > edge for edge in edges) for value in means]
+            expected.append(information(tenths, labels))
+        scores = filter_scores(network.model, data, "mutual_information", batch_size=7)
+        torch.testing.assert_close(scores[name], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_mutual_information_is_nothing_for_a_dead_filter_and_all_for_a_perfect_one():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1))
+        model[0].bias.zero_()
+    labels = torch.arange(20) % 2
+    data = TensorDataset(labels.double().reshape(20, 1, 1, 1), labels)
+    scores = filter_scores(model, data, "mutual_information")
+    torch.testing.assert_close(scores["0"], torch.tensor([0, math.log(2)], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_minimum_weight_is_the_mean_square_of_the_weights_and_needs_no_data(seed):
+    network = random_network(seed)
+    scores = filter_scores(network.model, None, "weight")
+    assert list(scores) == list(network.feature_maps())
+    for name, values in scores.items():
+        weights = network.model.get_submodule(name).weight
+        for k, value in enumerate(values):
+            torch.testing.assert_close(value, mean(w**2 for w in weights[k].flatten()).detach())
+
+
+def test_random_scores_follow_the_callers_seed_only():
+    network = random_network(0)
+    torch.manual_seed(5)
+    first, second = (filter_scores(network.model, None, "random") for _ in range(2))
+    torch.manual_seed(5)
+    assert_same(filter_scores(network.model, None, "random"), first)
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    assert all(((values >= 0) & (values < 1)).all() for values in first.values())
+
+
+def small_smooth_network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 2, 2, bias=False), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)).double()
+    data = TensorDataset(torch.randn(4, 1, 5, 5).double(), torch.tensor([0, 1, 2, 0]))
+    return model, data
+
+
+def test_obd_is_half_the_squared_parameters_times_the_diagonal_of_the_hessian():
+    model, data = small_smooth_network()
+    images, labels = data.tensors
+    names = ["0.weight", "0.bias", "2.weight"]
+    shapes = [model.get_parameter(name).shape for name in names]
+    sizes = [shape.numel() for shape in shapes]
+    flat = torch.cat([model.get_parameter(name).detach().flatten() for name in names])
+
+    def loss(flat):
+        parts = [p.reshape(s) for p, s in zip(flat.split(sizes), shapes, strict=True)]
+        replaced = dict(zip(names, parts, strict=True))
+        return cross_entropy(torch.func.functional_call(model, replaced, images), labels)
+
+    diagonal = torch.autograd.functional.hessian(loss, flat).diagonal()
+    weight0, bias0, weight2 = (flat.square() * diagonal / 2).split(sizes)
+    exact = {
+        "0": weight0.reshape(2, -1).sum(1) + bias0,
+        "2": weight2.reshape(2, -1).sum(1),
+    }
+    draws = [obd(model, data, 4, seed=seed) for seed in range(400)]
+    for name, expected in exact.items():
+        estimates = torch.stack([draw[name] for draw in draws])
+        error = estimates.std(0) / len(draws) ** 0.5
+        # Four standard errors: of four filters none is farther off by chance.
+        assert ((estimates.mean(0) - expected).abs() < 4 * error + 1e-12).all()
+        assert (error < expected.abs().max() / 4).all(), "too coarse to tell anything"
+
+
+def test_obd_is_the_same_each_time_and_leaves_nothing_behind():
+    model, data = small_smooth_network()
+    model[0].weight.requires_grad_(False)
+    before = state_of(model)
+    first = filter_scores(model, data, "obd", batch_size=3)
+    assert_same(filter_scores(model, data, "obd", batch_size=3), first)
+    assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
+def test_no_criterion_leaves_anything_behind(criterion):
+    network = random_network(3)
+    network.model.train()
+    data = random_data(network)
+    before = state_of(network.model)
+    filter_scores(network.model, data, criterion, batch_size=2)
+    assert_same(state_of(network.model), before)
+
+
+@PROPERTY
+@given(SEEDS)
+def test_the_oracle_is_the_change_of_the_loss_when_the_filter_is_removed(seed):
+    network = random_network(seed)
+    data = random_data(network, seed=seed)
+    signed = oracle(network.model, data, batch_size=2)
+    assert list(signed) == list(network.feature_maps())
+    base, _ = evaluate(network.model, data)
+    for name, changes in signed.items():
+        if len(changes) > 1:
+            removed = [remove_filters(network.model, {name: [k]}) for k in range(len(changes))]
+            expected = [evaluate(small, data)[0] - base for small in removed]
+            torch.testing.assert_close(
+                changes, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-12
+            )
+    torch.testing.assert_close(
+        filter_scores(network.model, data, "oracle"),
+        {name: values.abs() for name, values in signed.items()},
+    )
+
+
+def test_a_function_that_returns_another_shape_is_an_error_that_says_which():
+    network = random_network(0)
+    with pytest.raises(ValueError, match=r"must return \(examples, filters\)"):
+        filter_scores(network.model, random_data(network), lambda z, g: z.mean((0, 2)))
 
 
 @PROPERTY
