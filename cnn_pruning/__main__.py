@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,22 +20,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
-    return int(text)
+def integer(lowest: int, highest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(
+                f"{text[:20]!r} is not an integer from {lowest} to {highest}"
+            )
+        return int(text)
 
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**64:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2**64 - 1")
-    return int(text)
+    return parse
 
 
 def rate(text: str) -> float:
@@ -42,8 +36,8 @@ def rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number up to 1")
     return value
 
 
@@ -67,13 +61,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--channels", type=positive, nargs="+", default=[8, 16], help="filters of each layer")
-    add("--remove", type=natural, default=7, help="how many filters to remove")
-    add("--epochs", type=positive, default=5, help="epochs of training")
-    add("--fine-tune-epochs", type=natural, default=5, help="epochs after pruning")
-    add("--batch-size", type=positive, default=128, help="images in a mini-batch")
+    add(
+        "--channels",
+        type=integer(1, 1024),
+        nargs="+",
+        default=[8, 16],
+        help="filters of each layer",
+    )
+    add("--remove", type=integer(0, 1_000_000), default=7, help="how many filters to remove")
+    add("--epochs", type=integer(1, 10_000), default=5, help="epochs of training")
+    add("--fine-tune-epochs", type=integer(0, 10_000), default=5, help="epochs after pruning")
+    add("--batch-size", type=integer(1, 60_000), default=128, help="images in a mini-batch")
     add("--lr", type=rate, default=3e-3, help="learning rate at the start of both trainings")
-    add("--seed", type=seed, default=1, help="draws the weights and the order of the images")
+    add(
+        "--seed",
+        type=integer(0, 2**63 - 1),
+        default=1,
+        help="draws the weights and the order of the images",
+    )
     add("--device", type=device, default="cpu", help="where to compute")
     add("--data", type=Path, default=None, help="folder of the data set, if not the project's")
     options = parser.parse_args(arguments)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from cnn_pruning.training import training_flags
+
 ACTIVATIONS = (
     nn.CELU,
     nn.ELU,
@@ -70,6 +72,8 @@ def links(model: nn.Module) -> dict[str, Link]:
         if kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
             if layer in seen:
                 raise _unsupported(name, "is used twice")
+            if "weight" not in layer._parameters:
+                raise _unsupported(name, "has a weight that is computed from others")
             seen.add(layer)
         if kind is nn.Conv2d:
             if layer.groups != 1:
@@ -107,13 +111,20 @@ def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     if type(model) in (nn.Conv2d, nn.Linear):
         return [("", model)]
+    kept = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        graph = fx.Tracer().trace(model)
+        with training_flags(model):
+            model.eval()
+            graph = fx.Tracer().trace(model)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} can't be read as a chain of layers ({error}): put its layers "
             "into an nn.Sequential, or use Torch-Pruning."
         ) from error
+    finally:  # a forward that keeps what it computes would now keep the tracer's stand-ins
+        for module, attributes in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
     found = []
     before = None
     for node in graph.nodes:

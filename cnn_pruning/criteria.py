@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from cnn_pruning.chain import links
 from cnn_pruning.data import batches
 from cnn_pruning.feature_maps import feature_maps
 from cnn_pruning.oracle import oracle
-from cnn_pruning.training import training_flags
+from cnn_pruning.training import summed_loss, training_flags
 
 Scores = dict[str, Tensor]
 """The score of each filter (K,), by name of convolution."""
@@ -92,10 +91,12 @@ def over_examples(per_example: PerExample, gradient: bool = True) -> Criterion:
         for _, maps in feature_maps(model, data, batch_size, gradient):
             for layer, (z, slope) in maps.items():
                 values = per_example(z, slope)
-                if values.shape[:2] != z.shape[:2]:
+                shape = getattr(values, "shape", None)
+                if not isinstance(values, Tensor) or shape != z.shape[:2]:
                     raise ValueError(
-                        f"The criterion must return (examples, filters) = {tuple(z.shape[:2])} "
-                        f"for {layer}, but it returned {tuple(values.shape)}."
+                        "The criterion must return a tensor (examples, filters), "
+                        f"{tuple(z.shape[:2])} for {layer}, but it returned "
+                        f"{type(values).__name__} {tuple(shape or ())}."
                     )
                 total = values.sum(0, dtype=torch.float64).cpu()
                 totals[layer] = totals[layer] + total if layer in totals else total
@@ -122,15 +123,17 @@ def activation_std(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
     Source: Molchanov et al. 2017, section 2.2.
     """
 
-    def moments(z: Tensor, gradient: None) -> Tensor:
-        z = z.double()
-        return torch.stack([z.mean(2), z.square().mean(2)], 2)
-
-    found = over_examples(moments, gradient=False)(model, data, batch_size)
-    return {
-        layer: (values[:, 1] - values[:, 0].square()).clamp(min=0).sqrt()
-        for layer, values in found.items()
-    }
+    sums: dict[str, Tensor] = {}
+    for _, maps in feature_maps(model, data, batch_size, gradient=False):
+        for layer, (z, _) in maps.items():
+            z = z.double()
+            moments = torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)]).cpu()
+            sums[layer] = sums[layer] + moments if layer in sums else moments
+    scores = {}
+    for layer, moments in sums.items():
+        mean, mean_square = moments / len(data)
+        scores[layer] = (mean_square - mean.square()).clamp(min=0).sqrt()
+    return scores
 
 
 def mutual_information(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
@@ -194,6 +197,8 @@ def obd(model: nn.Module, data: Dataset, batch_size: int, seed: int = 0) -> Scor
     """
     chain = links(model)
     loader = batches(data, batch_size)
+    if not chain:
+        return {}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     owners = [
@@ -215,7 +220,7 @@ def obd(model: nn.Module, data: Dataset, batch_size: int, seed: int = 0) -> Scor
             model.eval()
             for images, labels in loader:
                 images, labels = images.to(device), labels.to(device)
-                loss = cross_entropy(model(images), labels, reduction="sum")
+                loss = summed_loss(model(images), labels)
                 signs = [
                     (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
                     for p in parameters
@@ -264,7 +269,7 @@ def find(criterion: str | PerExample) -> Criterion:
     """
     if callable(criterion):
         return over_examples(criterion)
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ValueError(
             f"There is no criterion {criterion!r}: use {', '.join(map(repr, CRITERIA))}, or a "
             "function of (feature map, gradient)."

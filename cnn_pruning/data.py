@@ -51,7 +51,7 @@ def fashion_mnist(
 
     Source: Xiao, Rasul, Vollgraf, *Fashion-MNIST* (2017), arXiv 1708.07747.
     """
-    root = ROOT / "data" if root is None else Path(root)
+    root = ROOT / "data" if root is None else Path(root).expanduser()
     if _damaged(root, _EXTRACTED_MD5):
         _extract(root)
 
@@ -76,10 +76,16 @@ def batches(
     ``dataset`` is any dataset of (image, label) with a length; a ``TensorDataset`` is fetched a
     whole batch at a time, which is much faster. The last batch may be smaller.
 
-    Raises ``ValueError`` for an empty dataset or a ``batch_size`` that isn't a positive integer.
+    Raises ``TypeError`` for what isn't such a dataset, ``ValueError`` for an empty one or a
+    ``batch_size`` that isn't a positive integer.
     """
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, but it is {batch_size!r}.")
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            "The data must be a dataset of (image, label) with a length, a TensorDataset for "
+            f"example, but they are a {type(dataset).__name__}."
+        )
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: give at least one (image, label).")
     if generator is None:

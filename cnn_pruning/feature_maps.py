@@ -5,12 +5,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from cnn_pruning.chain import Link, links
 from cnn_pruning.data import batches
-from cnn_pruning.training import training_flags
+from cnn_pruning.training import summed_loss, training_flags
 
 Maps = dict[str, tuple[Tensor, Tensor | None]]
 
@@ -41,10 +40,14 @@ def feature_maps(
 
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
-        with training_flags(model), torch.set_grad_enabled(gradient), on_feature_maps(chain, keep):
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradient),
+            training_flags(model),
+            on_feature_maps(chain, keep),
+        ):
             model.eval()
-            # Summed, so that each example's gradient is that of its own loss.
-            loss = cross_entropy(model(images), labels, reduction="sum")
+            loss = summed_loss(model(images), labels)  # so each example has its own gradient
             gradients = (
                 torch.autograd.grad(loss, list(found.values())) if gradient else [None] * len(found)
             )

@@ -19,6 +19,8 @@ class CNN(nn.Module):
 
     def __init__(self, channels: Sequence[int] = (8, 16)) -> None:
         super().__init__()
+        if not isinstance(channels, Sequence):
+            raise ValueError(f"channels must be a sequence of integers, but it is {channels!r}.")
         channels = tuple(channels)
         if not channels or not all(type(width) is int and width > 0 for width in channels):
             raise ValueError(

@@ -2,12 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from cnn_pruning.chain import layers, links
 from cnn_pruning.data import batches
-from cnn_pruning.training import training_flags
+from cnn_pruning.training import summed_loss, training_flags
 
 
 @torch.no_grad()
@@ -40,7 +39,7 @@ def oracle(model: nn.Module, data: Dataset, batch_size: int = 250) -> dict[str, 
             for layer in order:
                 inputs.append(x)
                 x = layer(x.clone() if getattr(layer, "inplace", False) else x)
-            base = cross_entropy(x, labels, reduction="sum").double()
+            base = summed_loss(x, labels).double()
             for name, start in starts.items():
                 rest = order[start + 1 :]
                 output = inputs[start + 1] if rest else x
@@ -48,7 +47,7 @@ def oracle(model: nn.Module, data: Dataset, batch_size: int = 250) -> dict[str, 
                     y = _without(order[start], inputs[start], output, k, len(change[name]))
                     for layer in rest:
                         y = layer(y)
-                    masked = cross_entropy(y, labels, reduction="sum").double()
+                    masked = summed_loss(y, labels).double()
                     change[name][k] += (masked - base).cpu()
     return {name: total / len(data) for name, total in change.items()}
 

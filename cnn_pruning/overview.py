@@ -3,6 +3,7 @@
 import torch
 
 from cnn_pruning import TaylorPruner, fashion_mnist, tracking
+from cnn_pruning.criteria import normalize
 from cnn_pruning.paths import ROOT
 from cnn_pruning.plots import overview
 
@@ -16,5 +17,5 @@ if __name__ == "__main__":
     image = val.tensors[0][val.tensors[1] == 9][:1]  # an ankle boot
     with torch.no_grad():
         maps = {"network.0": model.network[:2](image)[0], "network.2": model.network[:4](image)[0]}
-    figure = overview(image[0, 0], maps, scores, pruner.select(7))
+    figure = overview(image[0, 0], maps, normalize(scores), pruner.select(7))
     figure.savefig(ROOT / "notebooks" / "overview.png", dpi=110)

@@ -1,6 +1,7 @@
 """The figures of the notebooks: data in, matplotlib figure out."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 from cnn_pruning.data import CLASSES
@@ -28,10 +30,17 @@ STYLE = {
 
 
 def _figure(rows: int, columns: int, width: float, height: float, **options) -> tuple:
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(width, height), squeeze=False, **options
-        )
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width, height),
+        squeeze=False,
+        layout="constrained",
+        dpi=STYLE["figure.dpi"],
+        **options,
+    )
+    for axis in axes.flat:
+        axis.spines[["right", "top"]].set_visible(False)
     plt.close(figure)  # the notebook shows what it is given, once
     return figure, axes
 
@@ -64,18 +73,19 @@ def class_examples(images: Tensor, labels: Tensor, each: int = 6) -> Figure:
 def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:
     """Loss and accuracy by epoch; ``histories`` maps a name to the rows of ``fit``.
 
-    A row's ``epoch`` is where it is drawn, so that a later training can start where another ended.
+    A row's ``epoch`` is where it is drawn, so that a later training can start where another ended;
+    a row without ``train_loss`` is a network as it was before that training.
     """
     figure, (axes,) = _figure(1, 2, 10, 3.6)
     for color, (name, rows) in zip(LAYERS, histories.items(), strict=False):
-        epochs = [row["epoch"] for row in rows]
         for axis, key, style in (
             (axes[0], "train_loss", "--"),
             (axes[0], "val_loss", "-"),
             (axes[1], "val_accuracy", "-"),
         ):
             scale = 100 if key == "val_accuracy" else 1
-            values = [scale * row[key] for row in rows]
+            values = [scale * row.get(key, math.nan) for row in rows]
+            epochs = [row["epoch"] for row in rows]
             label = f"{name}, {'training' if style == '--' else 'validation'}"
             axis.plot(epochs, values, style, color=color, marker="o", ms=4, label=label)
     axes[0].set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
@@ -125,12 +135,19 @@ def score_bars(
 
 
 def filter_cards(
-    layer: str, kernels: Tensor, images: Tensor, maps: Tensor, scores: Tensor, color: str
+    layer: str,
+    kernels: Tensor,
+    biases: Tensor,
+    images: Tensor,
+    maps: Tensor,
+    scores: Tensor,
+    color: str,
 ) -> Figure:
     """One row a filter, best score first: its kernel, its feature maps on images, its score.
 
-    ``kernels`` (K, C, 3, 3), ``images`` (N, 1, H, W), ``maps`` (K, N, H, W), ``scores`` (K,).
-    The slices of a kernel stand side by side, from the filter before it that each one reads.
+    ``kernels`` (K, C, 3, 3), ``biases`` (K,), ``images`` (N, 1, H, W), ``maps`` (K, N, H, W),
+    ``scores`` (K,). The slices of a kernel stand side by side, from the filter before it that each
+    one reads. The brightness of a map is the square root of its values.
     """
     order = scores.argsort(descending=True).tolist()
     slices = kernels.shape[1]
@@ -154,7 +171,8 @@ def filter_cards(
         gap = torch.full((kernels.shape[2], 1), float("nan"))
         strip = torch.cat([part for s in kernels[k] for part in (s, gap)][:-1], dim=1)
         _picture(row[0], strip, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        row[0].set_ylabel(k, rotation=0, ha="right", va="center")
+        label = f"{k}   bias {biases[k]:+.2f}"
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", size=8)
         for axis, values in zip(row[1:], maps[k], strict=False):
             _picture(axis, values, cmap="magma", norm=brightness)
         row[-1].barh([0], [scores[k]], color=color)
@@ -192,17 +210,19 @@ def estimate_against_truth(
 ) -> Figure:
     """One numbered point a filter, colored by layer, on logarithmic axes.
 
-    Filters with a zero can't be drawn on these and are counted in the legend.
+    Dead filters, with a zero, can't be drawn on these and are counted in the legend.
     """
     figure, ((axis,),) = _figure(1, 1, 6.2, 4.8)
     for color, layer in zip(LAYERS, estimate, strict=False):
         x, y = estimate[layer], truth[layer]
         drawn = ((x > 0) & (y > 0)).nonzero().flatten().tolist()
-        zeros = f" ({len(x) - len(drawn)} at zero)" if len(drawn) < len(x) else ""
+        zeros = f" ({len(x) - len(drawn)} dead, not drawn)" if len(drawn) < len(x) else ""
         axis.scatter(x[drawn], y[drawn], s=150, color=color, alpha=0.6, label=layer + zeros)
         for k in drawn:
             axis.annotate(k, (x[k].item(), y[k].item()), ha="center", va="center", size=7)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", yscale="log")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend()
     return figure
 
@@ -229,7 +249,7 @@ def accuracy_by_removed(
     axis.text(0, 11, "guessing", size=8)
     axis.set(
         xlabel="filters removed, no fine-tuning",
-        ylabel="accuracy on validation images (%)",
+        ylabel="validation accuracy (%)",
         ylim=(0, 100),
         xticks=counts[::2],
         title=title,
@@ -280,8 +300,9 @@ def overview(
 ) -> Figure:
     """The README's picture: every filter's feature map on ``image`` above its score.
 
-    ``image`` (H, W); ``maps`` (K, H, W) and ``scores`` (K,) for each layer. The filters of each
-    layer stand in the order of their scores; those in ``removed`` are crossed out.
+    ``image`` (H, W); ``maps`` (K, H, W) and normalized ``scores`` (K,) for each layer, whose bars
+    have one scale. The filters of each layer stand in the order of their scores; those in
+    ``removed`` are crossed out.
     """
     widest = max(len(values) for values in scores.values())
     figure, axes = _figure(
@@ -291,19 +312,20 @@ def overview(
         1.75 * len(scores),
         gridspec_kw={"width_ratios": [1.6, *[1] * widest], "height_ratios": [2, 1] * len(scores)},
     )
+    highest = max(values.max() for values in scores.values())
     for axis in axes.flat:
         axis.axis("off")
     _picture(axes[0, 0], image, cmap="gray_r")
     for row, (color, (layer, values)) in enumerate(zip(LAYERS, scores.items(), strict=False)):
         top, bottom = axes[2 * row], axes[2 * row + 1]
-        bottom[0].text(0, 0.5, f"{layer}\nTaylor score", color=color, weight="bold", size=9)
+        bottom[0].text(0, 0.5, f"{layer}\nnormalized score", color=color, weight="bold", size=9)
         brightness = PowerNorm(0.5, vmin=0, vmax=maps[layer].max().item())
         order = values.argsort(descending=True).tolist()
         for column, k in enumerate(order, start=1):
             gone = k in removed.get(layer, [])
             top[column].imshow(maps[layer][k], cmap="magma", norm=brightness)
             bottom[column].bar([0], [values[k]], color="white" if gone else color, width=0.6)
-            bottom[column].set(xlim=(-0.5, 0.5), ylim=(0, values.max()))
+            bottom[column].set(xlim=(-0.5, 0.5), ylim=(0, highest))
             if gone:
                 bottom[column].patches[0].set(edgecolor=REMOVED, hatch="////", lw=1)
                 end = maps[layer].shape[1] - 1

@@ -26,8 +26,9 @@ def filter_scores(
     """Return the score of every filter by ``criterion``, on ``data``.
 
     The keys are the names of the convolutions, as ``model.named_modules()`` has them, in the order
-    they are applied; the values are tensors (number of filters,) on the CPU, in the model's dtype,
-    not normalized. A convolution that puts out the network's own output is left out.
+    they are applied; the values are tensors (number of filters,) on the CPU, in the model's dtype
+    or at least float32, not normalized. A convolution that puts out the network's own output is
+    left out.
 
     ``criterion`` is a name in ``criteria.CRITERIA``, or a function of (feature map, gradient), both
     (N, filters, positions), that returns (N, filters): its mean over all examples is the score. The
@@ -44,8 +45,9 @@ def filter_scores(
     Source: Molchanov et al. 2017, section 2.2.
     """
     scores = criteria.find(criterion)(model, data, batch_size)
+    dtypes = {layer: model.get_submodule(layer).weight.dtype for layer in scores}
     return {
-        layer: values.to("cpu", model.get_submodule(layer).weight.dtype)
+        layer: values.to("cpu", torch.promote_types(dtypes[layer], torch.float32))
         for layer, values in scores.items()
     }
 
@@ -91,12 +93,13 @@ def remove_filters(model: nn.Module, filters: Filters) -> nn.Module:
             raise ValueError(
                 f"{layer} would lose all of its {len(indices)} filters: leave at least one."
             )
-    model = copy.deepcopy(model)
-    model.zero_grad()
-    chain = links(model)
-    for layer, indices in removed.items():
-        if indices:
-            _remove(chain[layer], indices)
+    with torch.inference_mode(False):  # else the copy couldn't be trained
+        model = copy.deepcopy(model)
+        model.zero_grad()
+        chain = links(model)
+        for layer, indices in removed.items():
+            if indices:
+                _remove(chain[layer], indices)
     return model
 
 
@@ -188,14 +191,14 @@ def _checked(chain: Mapping[str, Link], filters: Filters) -> dict[str, list[int]
     checked = {}
     for layer, indices in filters.items():
         if layer not in chain:
-            prunable = ", ".join(chain) or "none"
+            prunable = ", ".join(map(repr, chain)) or "none"
             raise ValueError(
                 f"{layer!r} is not a layer whose filters can go: those are {prunable}."
             )
         try:
             indices = list(indices)
-            if any(isinstance(k, bool) for k in indices):
-                raise TypeError
+            if any(isinstance(k, bool) or getattr(k, "dtype", None) == torch.bool for k in indices):
+                raise TypeError  # a mask, not indices
             checked[layer] = sorted(index(k) for k in indices)
         except TypeError:
             raise ValueError(

@@ -3,6 +3,7 @@
 ``mlflow`` is imported where it is used: it takes two seconds.
 """
 
+import copy
 import logging
 import os
 import tempfile
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
+from cnn_pruning.data import batches
 from cnn_pruning.model import CNN
 from cnn_pruning.paths import ROOT
-from cnn_pruning.training import Row, evaluate, fit
+from cnn_pruning.training import Row, check_settings, evaluate, fit
 
 if TYPE_CHECKING:
     import mlflow
@@ -42,7 +44,10 @@ def connect() -> str:
     Raises ``ConnectionError`` within seconds if a tracking server doesn't answer, and
     ``ValueError`` if MLflow can't use the place.
     """
+    default = ROOT / "mlflow.db"
     uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri == _address(default):  # set by an earlier call
+        uri = None
     if uri and uri.startswith(("http://", "https://")):
         _check_answer(uri)
 
@@ -53,16 +58,23 @@ def connect() -> str:
     logging.getLogger("mlflow.store").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # would log a lock file as well
-    mlflow.set_tracking_uri(uri or f"sqlite:///{(ROOT / 'mlflow.db').as_posix()}")
+    mlflow.set_tracking_uri(uri or _address(default))
     try:
+        if not uri and default.is_dir():
+            raise IsADirectoryError(f"{default} is a folder")
         with FileLock(ROOT / ".mlflow.lock"):
             if mlflow.get_experiment_by_name(EXPERIMENT) is None:
                 files = None if uri else (ROOT / "mlruns").as_uri()
                 mlflow.create_experiment(EXPERIMENT, artifact_location=files)
         return mlflow.set_experiment(EXPERIMENT).experiment_id
-    except mlflow.MlflowException as error:
-        where = f"MLFLOW_TRACKING_URI={uri}" if uri else str(ROOT / "mlflow.db")
-        raise ValueError(f"MLflow can't keep its runs at {where} ({error}).") from error
+    except Exception as error:  # of MLflow, of its database, of the file system
+        where = f"MLFLOW_TRACKING_URI={uri}" if uri else str(default)
+        why = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"MLflow can't keep its runs at {where} ({why}).") from error
+
+
+def _address(path: Path) -> str:
+    return f"sqlite:///{path.as_posix()}"
 
 
 @contextmanager
@@ -105,13 +117,20 @@ def fit_and_log(
 
     mlflow.log_params({"channels": model.channels, **settings})
     for name, data in (("train", train), ("validation", val), ("test", test)):
-        images, labels = (tensor.numpy() for tensor in data.tensors)
-        mlflow.log_input(mlflow.data.from_numpy(images, targets=labels, name=name), context=name)
+        mlflow.log_input(_record(data, name), context=name)
     history = fit(model, train, val, on_epoch=log, **settings)
     test_loss, test_accuracy = evaluate(model, test)
     mlflow.log_metrics({"test_loss": test_loss, "test_accuracy": test_accuracy})
     log_network(model)
     return history
+
+
+def _record(data: TensorDataset, name: str):
+    """MLflow's description of a data set, with its digest."""
+    import mlflow
+
+    images, labels = (tensor.numpy() for tensor in data.tensors)
+    return mlflow.data.from_numpy(images, targets=labels, name=name)
 
 
 def log_network(model: CNN) -> None:
@@ -152,19 +171,35 @@ def baseline(
 ) -> tuple[CNN, str]:
     """Return the network trained with these settings, on the CPU, and the id of its run.
 
-    It is read from the newest finished run with the same settings. If there is none, or its
-    network can't be read, the network is trained and logged. ``seed`` draws the first weights as
-    well as the order of the mini-batches; the other settings are those of ``fit``.
+    It is read from the newest finished run with the same settings and training data. If there is
+    none, or its network can't be read, the network is trained and logged. ``seed`` draws the first
+    weights as well as the order of the mini-batches, and leaves the caller's random numbers as they
+    are; the other settings are those of ``fit``.
+
+    Raises ``ValueError`` for settings that ``fit`` can't use, before there is a run.
     """
     import mlflow
 
+    check_settings(epochs, lr, seed)
+    for data in (train, val, test):
+        batches(data, batch_size)  # raises if it is empty
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CNN(channels)
     experiment = connect()
     settings = {"seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": lr}
     wanted = {"channels": tuple(channels), **settings}
     matches = [f"params.{name} = '{value}'" for name, value in wanted.items()]
     found = mlflow.search_runs(
         [experiment],
-        " and ".join(["tags.stage = 'baseline'", "attributes.status = 'FINISHED'", *matches]),
+        " and ".join(
+            [
+                "tags.stage = 'baseline'",
+                "attributes.status = 'FINISHED'",
+                f"dataset.digest = '{_record(train, 'train').digest}'",
+                *matches,
+            ]
+        ),
         output_format="list",
     )
     for candidate in found:
@@ -172,8 +207,6 @@ def baseline(
             return load_network(candidate.info.run_id), candidate.info.run_id
         except Exception:  # deleted, cut short, made by another version: train it again
             continue
-    torch.manual_seed(seed)
-    model = CNN(channels)
     with run("cnn-pruning") as parent, run("train", parent.info.run_id) as active:
         fit_and_log(model, train, val, test, **settings)
         mlflow.set_tag("stage", "baseline")
@@ -195,8 +228,9 @@ def log_model(model: CNN, images: Tensor) -> None:
     import mlflow
 
     example = images.numpy()
+    model = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():
-        logits = model.cpu().eval()(images).numpy()
+        logits = model(images).numpy()
     # It misses pip in environments that uv made.
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
     with warnings.catch_warnings():  # torch.export warns of its own doings

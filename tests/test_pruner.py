@@ -297,8 +297,8 @@ def test_one_activation_for_all_layers_is_supported():
 @pytest.mark.parametrize(
     ("filters", "message"),
     [
-        ({"network.1": [0]}, r"'network\.1' is not a layer .*network\.0, network\.2"),
-        ({"nonsense": []}, r"'nonsense' is not a layer .*network\.0, network\.2"),
+        ({"network.1": [0]}, r"'network\.1' is not a layer .*'network\.0', 'network\.2'"),
+        ({"nonsense": []}, r"'nonsense' is not a layer .*'network\.0', 'network\.2'"),
         ({"network.0": [3]}, r"network\.0 has filters 0 to 2, but \[3\]"),
         ({"network.0": [0, -1]}, r"network\.0 has filters 0 to 2, but \[-1\]"),
         ({"network.0": [1, 1]}, r"network\.0 .*twice"),
