@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import pandas as pd
 import torch
+from torch.utils.data import TensorDataset
 from torchinfo import summary
 
 from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, tracking
@@ -111,7 +112,7 @@ def experiment(options: argparse.Namespace) -> None:
             tracking.fit_and_log(model, train, val, test, epochs=options.epochs, **settings)
             if options.device.type == "cpu":
                 mlflow.set_tag("stage", "baseline")
-        rows["trained"] = row(model, val, test)
+        rows["trained"] = accuracies(model, val, test)
 
         pruner = TaylorPruner(model)
         with tracking.run("prune"):
@@ -123,15 +124,18 @@ def experiment(options: argparse.Namespace) -> None:
             mlflow.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
             mlflow.log_dict(removed, "removed.json")
             tracking.log_network(small)
-        rows["pruned"] = row(small, val)
+        rows["pruned"] = {"val accuracy": val_accuracy}
 
         with tracking.run("fine-tune"):
             tracking.fit_and_log(
                 small, train, val, test, epochs=options.fine_tune_epochs, **settings
             )
-            rows["fine-tuned"] = row(small, val, test)
+            rows["fine-tuned"] = accuracies(small, val, test)
             tracking.log_model(small, test[:2][0])
 
+    measured = dict(zip(("trained", "fine-tuned"), costs(model, small), strict=True))
+    measured["pruned"] = measured["fine-tuned"]  # one architecture
+    rows = {name: measured[name] | found for name, found in rows.items()}
     for network in (model, small):
         print(summary(network.cpu(), (1, 1, 28, 28), verbose=0))
     for layer, filters in removed.items():
@@ -151,10 +155,8 @@ FORMATS = {
 }
 
 
-def row(model: CNN, val, test=None) -> dict[str, float]:
-    """The costs and accuracies of one network; the test set only for those that are final."""
-    measured = costs(model) | {"val accuracy": evaluate(model, val)[1]}
-    return measured | {"test accuracy": evaluate(model, test)[1]} if test else measured
+def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str, float]:
+    return {"val accuracy": evaluate(model, val)[1], "test accuracy": evaluate(model, test)[1]}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -23,28 +24,32 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (1, 28, 28)
 
 
 def latency(
-    model: nn.Module,
+    *models: nn.Module,
     batch_size: int,
     repeats: int = 30,
     image_shape: tuple[int, int, int] = (1, 28, 28),
-) -> tuple[float, float, float]:
+) -> list[tuple[float, float, float]]:
     """Return the median and the quartiles of the milliseconds that a forward pass takes.
 
-    (median, first quartile, third quartile) over ``repeats`` passes of ``batch_size`` random
-    images, after five that are not counted.
+    For each model (median, first quartile, third quartile) over ``repeats`` passes of
+    ``batch_size`` random images, after five that are not counted. The models take turns, so that
+    what else the machine does slows all of them alike.
     """
-    images = _images(model, batch_size, image_shape)
-    times = []
-    with training_flags(model), torch.no_grad():
-        model.eval()
+    images = [_images(model, batch_size, image_shape) for model in models]
+    times: list[list[float]] = [[] for _ in models]
+    with ExitStack() as flags, torch.no_grad():
+        for model in models:
+            flags.enter_context(training_flags(model))
+            model.eval()
         for _ in range(5 + repeats):
-            start = time.perf_counter()
-            model(images)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            times.append(1000 * (time.perf_counter() - start))
-    first, median, third = statistics.quantiles(times[5:], n=4)
-    return median, first, third
+            for model, batch, row in zip(models, images, times, strict=True):
+                start = time.perf_counter()
+                model(batch)
+                if batch.is_cuda:
+                    torch.cuda.synchronize(batch.device)
+                row.append(1000 * (time.perf_counter() - start))
+    quartiles = [statistics.quantiles(row[5:], n=4) for row in times]
+    return [(median, first, third) for first, median, third in quartiles]
 
 
 def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]) -> torch.Tensor:
@@ -52,12 +57,16 @@ def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]
     return torch.rand(batch_size, *image_shape, device=parameter.device, dtype=parameter.dtype)
 
 
-def costs(model: nn.Module) -> dict[str, int | float]:
-    """Return filters, parameters, MACs, and the median milliseconds for 1 and for 512 images."""
-    return {
-        "filters": sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)),
-        "parameters": count_parameters(model),
-        "MACs": count_macs(model),
-        "ms, batch 1": latency(model, 1)[0],
-        "ms, batch 512": latency(model, 512)[0],
-    }
+def costs(*models: nn.Module) -> list[dict[str, int | float]]:
+    """Return, for each model, filters, parameters, MACs, and the median ms for 1 and 512 images."""
+    single, many = (latency(*models, batch_size=count) for count in (1, 512))
+    return [
+        {
+            "filters": sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)),
+            "parameters": count_parameters(model),
+            "MACs": count_macs(model),
+            "ms, batch 1": one[0],
+            "ms, batch 512": batch[0],
+        }
+        for model, one, batch in zip(models, single, many, strict=True)
+    ]

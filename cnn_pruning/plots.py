@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 
 from cnn_pruning.data import CLASSES
@@ -221,8 +221,11 @@ def estimate_against_truth(
         for k in drawn:
             axis.annotate(k, (x[k].item(), y[k].item()), ha="center", va="center", size=7)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", yscale="log")
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="x", labelsize=8)
     axis.legend()
     return figure
 

@@ -144,7 +144,7 @@ def test_its_training_is_a_baseline_for_the_notebooks(finished, store, monkeypat
 
 
 def test_nothing_to_remove_and_no_fine_tuning_are_allowed(store, monkeypatch, capsys):
-    monkeypatch.setattr(program, "costs", lambda model: {"filters": 5})
+    monkeypatch.setattr(program, "costs", lambda *models: [{"filters": 5}] * 2)
     assert program.main(arguments(remove="0", fine_tune_epochs="0", epochs="1")) == 0
     assert "removed from network.0: 0 filters []" in capsys.readouterr().out
 
@@ -160,7 +160,7 @@ def interrupt(*_, **__):
     ("owner", "name", "expected"),
     [
         (tracking, "fit", {"cnn-pruning": "KILLED", "train": "KILLED"}),
-        (program, "costs", {"cnn-pruning": "KILLED", "train": "FINISHED"}),
+        (program, "accuracies", {"cnn-pruning": "KILLED", "train": "FINISHED"}),
         (
             TaylorPruner,
             "score",
@@ -183,7 +183,7 @@ def test_an_interrupt_kills_the_run_and_the_step_it_is_in(
 ):
     tracking.connect()
     before = {run.info.run_id for run in runs()}
-    monkeypatch.setattr(program, "costs", lambda model: {"filters": 5})
+    monkeypatch.setattr(program, "costs", lambda *models: [{"filters": 5}] * 2)
     monkeypatch.setattr(owner, name, interrupt)
     assert program.main(arguments(epochs="1")) == 130
     new = [run for run in runs() if run.info.run_id not in before]
