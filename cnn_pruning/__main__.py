@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
-from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, tracking
+from cnn_pruning import CNN, TaylorPruner, criteria, evaluate, fashion_mnist, plots, tracking
 from cnn_pruning.measure import costs
 
 
@@ -123,6 +123,9 @@ def experiment(options: argparse.Namespace) -> None:
             mlflow.log_params({"criterion": "taylor", "removed": options.remove})
             mlflow.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
             mlflow.log_dict(removed, "removed.json")
+            scores = criteria.normalize(pruner.scores)
+            figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
+            mlflow.log_figure(figure, "scores.png")
             tracking.log_network(small)
         rows["pruned"] = {"val accuracy": val_accuracy}
 

@@ -104,10 +104,12 @@ def fit_and_log(
     """``fit`` with ``settings``, everything logged to the active run; returns the history.
 
     Logged are the settings and channels as parameters, ``train_loss``, ``val_loss`` and
-    ``val_accuracy`` by epoch, ``test_loss`` and ``test_accuracy`` once at the end, the summary and
-    the network.
+    ``val_accuracy`` by epoch and their curves, ``test_loss`` and ``test_accuracy`` once at the end,
+    the summary and the network.
     """
     import mlflow
+
+    from cnn_pruning import plots
 
     def log(row: Row) -> None:
         values = {name: value for name, value in row.items() if name != "epoch"}
@@ -121,6 +123,7 @@ def fit_and_log(
     history = fit(model, train, val, on_epoch=log, **settings)
     test_loss, test_accuracy = evaluate(model, test)
     mlflow.log_metrics({"test_loss": test_loss, "test_accuracy": test_accuracy})
+    mlflow.log_figure(plots.curves({"network": history}, "Training"), "training.png")
     log_network(model)
     return history
 

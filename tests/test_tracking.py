@@ -370,7 +370,7 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
                 found[name].info.run_id, "train_loss"
             )
             assert [m.step for m in steps] == ([1, 2] if name == "train" else [1])
-        assert artifacts(trained, uri) == ["network.pt", "summary.txt"]
+        assert artifacts(trained, uri) == ["network.pt", "summary.txt", "training.png"]
         assert "removed.json" in artifacts(prune.info.run_id, uri)
         (tracked,) = found["fine-tune"].outputs.model_outputs
         assert mlflow.MlflowClient(uri).get_logged_model(tracked.model_id).name == "model"
