@@ -245,6 +245,14 @@ def oracle_abs(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
     return {layer: change.abs() for layer, change in oracle(model, data, batch_size).items()}
 
 
+PER_EXAMPLE: dict[str, PerExample] = {
+    "taylor": taylor,
+    "taylor_abs_first": taylor_abs_first,
+    "taylor_squared": taylor_squared,
+    "activation_mean": activation_mean,
+    "apoz": apoz,
+}
+
 CRITERIA: dict[str, Criterion] = {
     "taylor": over_examples(taylor),
     "taylor_abs_first": over_examples(taylor_abs_first),

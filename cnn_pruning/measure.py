@@ -54,7 +54,8 @@ def latency(
 
 def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]) -> torch.Tensor:
     parameter = next(model.parameters())
-    return torch.rand(batch_size, *image_shape, device=parameter.device, dtype=parameter.dtype)
+    own = torch.Generator().manual_seed(0)  # the caller's random numbers stay untouched
+    return torch.rand(batch_size, *image_shape, generator=own).to(parameter)
 
 
 def costs(*models: nn.Module) -> list[dict[str, int | float]]:

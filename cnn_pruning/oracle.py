@@ -10,7 +10,7 @@ from cnn_pruning.training import summed_loss, training_flags
 
 
 @torch.no_grad()
-def oracle(model: nn.Module, data: Dataset, batch_size: int = 250) -> dict[str, Tensor]:
+def oracle(model: nn.Module, data: Dataset, batch_size: int = 100) -> dict[str, Tensor]:
     """Return the change of the mean cross-entropy (nats) when each filter is masked alone.
 
     By name of convolution, float64 (K,) on the CPU, positive where the loss rises: the paper's

@@ -1,7 +1,8 @@
 """Score the filters of a network, mask them, remove them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import index
 
@@ -110,10 +111,14 @@ class TaylorPruner:
     their l2 norm before layers are compared. Every layer keeps at least ``min_filters``. The model
     is never changed.
 
+    With ``cost``, a function of the model that returns what one filter of each layer costs
+    (``cnn_pruning.savings`` has some), ``cost_weight`` times that is subtracted from the scores:
+    the paper's regularization, with lambda = ``cost_weight``.
+
     ``scores`` holds the last scores, as ``filter_scores`` returns them, or None.
 
-    Raises ``ValueError`` for an unknown criterion or ``min_filters`` below 1, and ``TypeError`` if
-    the network isn't a chain.
+    Raises ``ValueError`` for an unknown criterion, ``min_filters`` below 1 or a ``cost_weight``
+    that isn't finite or has no ``cost``, and ``TypeError`` if the network isn't a chain.
 
     Source: Molchanov et al. 2017, section 2; removal here is in one shot.
     """
@@ -124,7 +129,13 @@ class TaylorPruner:
         criterion: str | criteria.PerExample = "taylor",
         normalize: bool = True,
         min_filters: int = 1,
+        cost: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        cost_weight: float = 0.0,
     ) -> None:
+        if not math.isfinite(cost_weight) or (cost_weight and cost is None):
+            raise ValueError(
+                f"cost_weight={cost_weight!r} must be a finite number, and 0 without a cost."
+            )
         if type(min_filters) is not int or min_filters < 1:
             raise ValueError(
                 f"min_filters must be an integer of 1 or more, but it is {min_filters!r}."
@@ -135,6 +146,8 @@ class TaylorPruner:
         self.criterion = criterion
         self.normalize = normalize
         self.min_filters = min_filters
+        self.cost = cost
+        self.cost_weight = cost_weight
         self.scores: Scores | None = None
 
     def score(self, data: Dataset, batch_size: int = 128) -> Scores:
@@ -166,9 +179,10 @@ class TaylorPruner:
                 f"integer from 0 to {sum(spare.values())} ({room})."
             )
         scores = criteria.normalize(self.scores) if self.normalize else self.scores
+        costs = self.cost(self.model) if self.cost_weight else {}
         ranking = sorted(
             (
-                (value, layer, k)
+                (value - self.cost_weight * costs.get(layer, 0), layer, k)
                 for layer in scores
                 for k, value in enumerate(scores[layer].tolist())
             ),

@@ -141,7 +141,7 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset, batch_size: int = 500) -> tuple[float, float]:
+def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[float, float]:
     """Return the mean cross-entropy (nats) and the accuracy (a fraction) of ``model`` on ``data``.
 
     The model is in evaluation mode meanwhile, and its training flags are as before afterwards.

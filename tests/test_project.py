@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import torchinfo
 
-from cnn_pruning import CNN
+from cnn_pruning import CNN, pictures
 from cnn_pruning.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -108,3 +108,24 @@ def test_the_results_in_the_readme_are_those_of_notebook_5():
     for words in ("ms, batch 512", "fine-tuned against baseline, trained on"):
         (text,) = (text for text in printed if words in text)
         assert text.strip("\n") in README
+
+
+def test_what_the_readme_quotes_is_what_a_notebook_printed():
+    printed = [
+        " ".join("".join(output["text"]).split())
+        for path in NOTEBOOKS
+        for cell in cells(path, "code")
+        for output in cell["outputs"]
+        if output.get("name") == "stdout"
+    ]
+    quotes = re.findall(r"^> (.+)$", README, re.MULTILINE)
+    assert quotes
+    for quote in quotes:
+        assert any(quote in text for text in printed), quote
+
+
+@pytest.mark.parametrize("file", pictures.COPIED)
+def test_the_pictures_of_the_readme_are_those_of_the_notebooks(file):
+    assert f"(notebooks/{file})" in README
+    stored = (ROOT / "notebooks" / file).read_bytes()
+    assert stored == pictures.figure_of(*pictures.COPIED[file])
