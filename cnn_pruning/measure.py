@@ -60,7 +60,8 @@ def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]
 
 def costs(*models: nn.Module) -> list[dict[str, int | float]]:
     """Return, for each model, filters, parameters, MACs, and the median ms for 1 and 512 images."""
-    single, many = (latency(*models, batch_size=count) for count in (1, 512))
+    single = latency(*models, batch_size=1)
+    many = latency(*models, batch_size=512, repeats=15)
     return [
         {
             "filters": sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)),

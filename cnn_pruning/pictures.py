@@ -14,7 +14,7 @@ NOTEBOOKS = ROOT / "notebooks"
 # From a notebook's stored outputs: of its cell that has these words, the figure.
 COPIED = {
     "criteria.png": ("06_criteria_compared.ipynb", "Outside the gray band"),
-    "subsets.png": ("08_exact_optimum.ipynb", "Every method picks from the good end"),
+    "subsets.png": ("08_exact_optimum.ipynb", "Taylor picks from the good end"),
 }
 
 

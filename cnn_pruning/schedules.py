@@ -1,0 +1,139 @@
+"""The long version of notebook 7: ``python -m cnn_pruning.schedules 0 1 2``.
+
+It takes about ten minutes a seed on two cores and writes two tables: ``notebooks/schedules.csv``,
+a row for each network on the way (which filters went, what it costs, its validation accuracy before
+any final fine-tuning), and ``notebooks/operating_points.csv``, networks fine-tuned at three sizes.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+
+from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, fit, tracking
+from cnn_pruning.iterative import Step, prune_iteratively
+from cnn_pruning.measure import count_macs
+from cnn_pruning.paths import ROOT
+
+BASELINE = {"channels": (8, 16), "epochs": 3, "batch_size": 128, "lr": 3e-3}
+UPDATES = 30
+TRAINING = {"batch_size": 128, "lr": 1e-3}
+FINE_TUNE = {"epochs": 1, "batch_size": 128, "lr": 1e-3}
+SHARES = (0.75, 0.5, 0.25)  # of the baseline's MACs
+METHODS = {
+    "taylor": {"criterion": "taylor"},
+    "oracle": {"criterion": "oracle", "score_batches": 8, "normalize": False},
+    "weight": {"criterion": "weight"},
+    "activation mean": {"criterion": "activation_mean"},
+    "APoZ": {"criterion": "apoz"},
+    "random": {"criterion": "random", "normalize": False},
+}
+
+
+def schedule(
+    model: CNN, train, val, method: str, updates: int, seed: int, like: list[Step] = ()
+) -> Iterator[Step]:
+    """The steps of ``method`` down to one filter a layer.
+
+    ``"random, like taylor"`` takes, at each step, a random filter of the layer that the same step
+    of ``like`` took one from.
+    """
+    options = METHODS.get(method, METHODS["random"])
+    if method == "random, like taylor":
+        layers = iter([next(layer for layer, ks in s.removed.items() if ks) for s in like])
+        options = options | {"cost": lambda model: {next(layers): 1e3}, "cost_weight": 1.0}
+    if updates == 0 and method == "taylor":
+        options = options | {"score_batches": UPDATES}
+    torch.manual_seed(seed)  # for the random scores
+    lowest = len(model.channels)
+    return prune_iteratively(
+        model, train, val, filters=lowest, updates=updates, seed=seed, **TRAINING, **options
+    )
+
+
+def row(step: Step, **labels) -> dict:
+    removed = [f"{layer}:{k}" for layer, ks in step.removed.items() for k in ks]
+    return labels | {
+        "removed": " ".join(removed),
+        "filters": step.filters,
+        "parameters": step.parameters,
+        "macs": step.macs,
+        "val_accuracy": step.val_accuracy,
+    }
+
+
+def on_the_way(model: CNN, train, val, seed: int) -> tuple[list[dict], dict[str, list[Step]]]:
+    rows, found = [], {}
+    plan = [(method, UPDATES) for method in (*METHODS, "random, like taylor")]
+    plan += [(method, updates) for method in ("taylor", "random") for updates in (0, 10, 100)]
+    for method, updates in plan:
+        steps = list(schedule(model, train, val, method, updates, seed, found.get("taylor", ())))
+        if updates == UPDATES:
+            found[method] = steps
+        rows += [row(step, seed=seed, method=method, updates=updates) for step in steps]
+    return rows, found
+
+
+def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]]) -> list[dict]:
+    train, val, test = splits
+    rows = []
+
+    def add(method: str, share: float, network: CNN, before: float | None) -> None:
+        rows.append(
+            {
+                "seed": seed,
+                "method": method,
+                "share": share,
+                "channels": "-".join(map(str, network.channels)),
+                "val_before": before,
+                "val_accuracy": evaluate(network, val)[1],
+                "test_accuracy": evaluate(network, test)[1],
+            }
+        )
+
+    whole = count_macs(model)
+    for share in SHARES:
+        for method in ("taylor", "weight", "random", "random, like taylor"):
+            step = next(step for step in found[method] if step.macs <= share * whole)
+            fit(step.model, train, val, seed=seed, **FINE_TUNE)
+            add(method, share, step.model, step.val_accuracy)
+        reached = next(step for step in found["taylor"] if step.macs <= share * whole)
+        gone = sum(model.channels) - reached.filters
+
+        # One shot, with the updates of the schedule added to the fine-tuning.
+        pruner = TaylorPruner(model)
+        pruner.score(train)
+        once = pruner.prune(gone)
+        before = evaluate(once, val)[1]
+        epochs = FINE_TUNE["epochs"] + round(gone * UPDATES * TRAINING["batch_size"] / len(train))
+        fit(once, train, val, seed=seed, **FINE_TUNE | {"epochs": epochs})
+        add("one shot, same updates", share, once, before)
+
+        # The same architecture from scratch.
+        torch.manual_seed(seed)
+        scratch = CNN(reached.model.channels)
+        spent = BASELINE["epochs"] + epochs
+        settings = {name: BASELINE[name] for name in ("batch_size", "lr")}
+        fit(scratch, train, val, epochs=spent, seed=seed, **settings)
+        add("scratch, same epochs", share, scratch, None)
+        torch.manual_seed(seed)
+        scratch = CNN(reached.model.channels)
+        longer = epochs + round(BASELINE["epochs"] * whole / reached.macs)
+        fit(scratch, train, val, epochs=longer, seed=seed, **settings)
+        add("scratch, same compute", share, scratch, None)
+    fit(model, train, val, seed=seed, **FINE_TUNE)
+    add("baseline, trained on", 1.0, model, None)
+    return rows
+
+
+if __name__ == "__main__":
+    splits = fashion_mnist()
+    steps, points = [], []
+    for seed in map(int, sys.argv[1:]):
+        model, _ = tracking.baseline(*splits, seed=seed, **BASELINE)
+        rows, found = on_the_way(model, *splits[:2], seed)
+        steps += rows
+        points += fine_tuned(model, splits, seed, found)
+    pd.DataFrame(steps).to_csv(ROOT / "notebooks" / "schedules.csv", index=False)
+    pd.DataFrame(points).to_csv(ROOT / "notebooks" / "operating_points.csv", index=False)
