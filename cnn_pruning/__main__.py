@@ -12,7 +12,18 @@ import torch
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
-from cnn_pruning import CNN, TaylorPruner, criteria, evaluate, fashion_mnist, plots, tracking
+from cnn_pruning import (
+    CNN,
+    TaylorPruner,
+    criteria,
+    evaluate,
+    fashion_mnist,
+    plots,
+    remove_filters,
+    tracking,
+)
+from cnn_pruning.chain import links
+from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import costs
 
 
@@ -70,6 +81,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="filters of each layer",
     )
     add("--remove", type=integer(0, 1_000_000), default=7, help="how many filters to remove")
+    add(
+        "--updates",
+        type=integer(0, 1_000_000),
+        default=None,
+        help="remove step by step, with so many updates before each; without it, in one shot",
+    )
+    add("--per-step", type=integer(1, 1024), default=1, help="filters a step, with --updates")
     add("--epochs", type=integer(1, 10_000), default=5, help="epochs of training")
     add("--fine-tune-epochs", type=integer(0, 10_000), default=5, help="epochs after pruning")
     add("--batch-size", type=integer(1, 60_000), default=128, help="images in a mini-batch")
@@ -114,18 +132,14 @@ def experiment(options: argparse.Namespace) -> None:
                 mlflow.set_tag("stage", "baseline")
         rows["trained"] = accuracies(model, val, test)
 
-        pruner = TaylorPruner(model)
         with tracking.run("prune"):
-            pruner.score(train)
-            removed = pruner.select(options.remove)
-            small = pruner.prune(options.remove)
-            val_loss, val_accuracy = evaluate(small, val)
             mlflow.log_params({"criterion": "taylor", "removed": options.remove})
-            mlflow.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
+            if options.updates is None:
+                small, removed = prune_in_one_shot(model, train, val, options)
+            else:
+                small, removed = prune_step_by_step(model, train, val, options)
+            _, val_accuracy = evaluate(small, val)
             mlflow.log_dict(removed, "removed.json")
-            scores = criteria.normalize(pruner.scores)
-            figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
-            mlflow.log_figure(figure, "scores.png")
             tracking.log_network(small)
         rows["pruned"] = {"val accuracy": val_accuracy}
 
@@ -145,6 +159,46 @@ def experiment(options: argparse.Namespace) -> None:
         print(f"removed from {layer}: {len(filters)} filters {filters}")
     print(f"\n{pd.DataFrame(rows).T.to_string(formatters=FORMATS, na_rep='')}")
     print(f"\nMLflow run {parent.info.run_id}, in {mlflow.get_tracking_uri()}")
+
+
+def prune_in_one_shot(model: CNN, train, val, options) -> tuple[CNN, dict[str, list[int]]]:
+    import mlflow
+
+    pruner = TaylorPruner(model)
+    scores = criteria.normalize(pruner.score(train))
+    removed = pruner.select(options.remove)
+    small = pruner.prune(options.remove)
+    figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
+    mlflow.log_figure(figure, "scores.png")
+    val_loss, val_accuracy = evaluate(small, val)
+    mlflow.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
+    return small, removed
+
+
+def prune_step_by_step(model: CNN, train, val, options) -> tuple[CNN, dict[str, list[int]]]:
+    """One MLflow step a removal, so that its page draws accuracy against what is left."""
+    import mlflow
+
+    mlflow.log_params({"updates": options.updates, "per_step": options.per_step})
+    small = remove_filters(model, {})
+    removed = {layer: [] for layer in links(model)}
+    steps = prune_iteratively(
+        model,
+        train,
+        val,
+        filters=sum(options.channels) - options.remove,
+        per_step=options.per_step,
+        updates=options.updates,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    for number, step in enumerate(steps, start=1):
+        small = step.model
+        for layer, filters in step.removed.items():
+            removed[layer] += filters
+        names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
+        mlflow.log_metrics({name: getattr(step, name) for name in names}, step=number)
+    return small, removed
 
 
 FORMATS = {

@@ -125,7 +125,7 @@ def score_bars(
         1, len(scores), 10, 3.2, sharey=True, gridspec_kw={"width_ratios": widths}
     )
     for axis, color, (layer, values) in zip(axes, LAYERS, scores.items(), strict=False):
-        bars = axis.bar(range(len(values)), values, color=color)
+        bars = axis.bar(range(len(values)), values.tolist(), color=color)
         for k in (removed or {}).get(layer, []):
             bars[k].set(facecolor="white", edgecolor=REMOVED, hatch="////")
         axis.set(xlabel=f"filter of {layer}", xticks=range(len(values)))

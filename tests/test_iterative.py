@@ -8,7 +8,7 @@ from networks import PROPERTY, SEEDS, assert_same, random_data, random_network, 
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from cnn_pruning import CNN, TaylorPruner, evaluate, fit, mask_filters, remove_filters
+from cnn_pruning import CNN, TaylorPruner, evaluate, fit, mask_filters, remove_filters, schedules
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import count_macs, count_parameters
 from cnn_pruning.savings import map_flops, saved_macs, saved_parameters
@@ -156,6 +156,19 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_trained(option
     with pytest.raises(ValueError, match=message):
         steps(model, **options)
     assert_same(state_of(model), before)
+
+
+def test_random_like_taylor_takes_other_filters_of_the_same_layers():
+    model = network((6, 8))
+
+    def layers(steps):
+        return [layer for step in steps for layer, filters in step.removed.items() if filters]
+
+    like = list(schedules.schedule(model, TRAIN, VAL, "taylor", 1, seed=0))
+    control = list(schedules.schedule(model, TRAIN, VAL, "random, like taylor", 1, 0, like))
+    assert layers(control) == layers(like)
+    assert [step.removed for step in control] != [step.removed for step in like]
+    assert control[-1].model.channels == (1, 1)
 
 
 # What a removal saves

@@ -149,6 +149,25 @@ def test_nothing_to_remove_and_no_fine_tuning_are_allowed(store, monkeypatch, ca
     assert "removed from network.0: 0 filters []" in capsys.readouterr().out
 
 
+def test_step_by_step_each_removal_is_one_step_of_the_run(store, monkeypatch, capsys):
+    tracking.connect()
+    before = {run.info.run_id for run in runs()}
+    monkeypatch.setattr(program, "costs", lambda *models: [{"filters": 5}] * 2)
+    assert program.main([*arguments(epochs="1", channels="3 4"), "--updates", "2"]) == 0
+    new = by_name([run for run in runs() if run.info.run_id not in before])
+    run_id = new["prune"].info.run_id
+    client = mlflow.MlflowClient()
+    for name in ("val_loss", "val_accuracy", "filters", "parameters", "macs"):
+        assert [m.step for m in client.get_metric_history(run_id, name)] == [1, 2]
+    assert [m.value for m in client.get_metric_history(run_id, "filters")] == [6, 5]
+    removed = mlflow.artifacts.load_dict(f"runs:/{run_id}/removed.json")
+    assert sum(map(len, removed.values())) == 2
+    assert sum(tracking.load_network(new["fine-tune"].info.run_id).channels) == 5
+    printed = capsys.readouterr().out
+    for layer, filters in removed.items():
+        assert f"removed from {layer}: {len(filters)} filters {filters}" in printed
+
+
 # Interrupted
 
 
@@ -233,6 +252,8 @@ NO_COUNT = ["-1", "text", "1.5", "", "nan", "1e3"]
         *(("remove", value) for value in NO_COUNT),
         *(("epochs", value) for value in ["0", *NO_COUNT]),
         *(("fine_tune_epochs", value) for value in NO_COUNT),
+        *(("updates", value) for value in NO_COUNT),
+        *(("per_step", value) for value in ["0", *NO_COUNT]),
         *(("batch_size", value) for value in ["0", *NO_COUNT]),
         *(("lr", value) for value in ["0", "-0.001", "text", "nan", "inf", "-inf", "", "1e-999"]),
         *(("seed", value) for value in [*NO_COUNT, str(2**64)]),
