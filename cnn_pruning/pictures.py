@@ -13,7 +13,7 @@ from cnn_pruning.plots import overview
 NOTEBOOKS = ROOT / "notebooks"
 # From a notebook's stored outputs: of its cell that has these words, the figure.
 COPIED = {
-    "criteria.png": ("06_criteria_compared.ipynb", "Outside the gray band"),
+    "criteria.png": ("06_criteria_compared.ipynb", "Gray: chance."),
     "subsets.png": ("08_exact_optimum.ipynb", "Taylor picks from the good end"),
 }
 
