@@ -133,11 +133,22 @@ def test_every_epoch_is_a_row_and_on_epoch_sees_it_at_once():
 
 def test_the_training_loss_is_the_mean_over_the_examples_whatever_the_last_batch():
     # A learning rate too small to change anything: every batch sees the same network.
+    images, labels = bright_or_dark(11).tensors
+    data = TensorDataset(images.double(), labels)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double()
+    expected, _ = evaluate(model, data)
+    history = fit(model, data, data, epochs=1, batch_size=5, lr=1e-30)
+    assert history[0]["train_loss"] == pytest.approx(expected)  # float64: rounding only
+
+
+def test_mixed_precision_stays_near_float32_and_leaves_float32_weights():
+    # On a processor without bfloat16 instructions the two are the same.
     data = bright_or_dark(11)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    model = network()
     expected, _ = evaluate(model, data)
     history = fit(model, data, VAL, epochs=1, batch_size=5, lr=1e-30)
-    assert history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)  # float32
+    assert history[0]["train_loss"] == pytest.approx(expected, rel=2**-6)  # bfloat16: 2**-8 a step
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_an_epoch_shows_every_example_once_in_another_order():
