@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 import torch
+from torch.utils.data import TensorDataset
 
 from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, fit, tracking
 from cnn_pruning.iterative import Step, prune_iteratively
@@ -76,16 +77,18 @@ def on_the_way(model: CNN, train, val, seed: int) -> tuple[list[dict], dict[str,
 
 
 def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]]) -> list[dict]:
+    """Networks at each share of the MACs: fine-tuned, pruned at once, and from scratch."""
     train, val, test = splits
     rows = []
 
-    def add(method: str, share: float, network: CNN, before: float | None) -> None:
+    def add(method: str, share: float, network: CNN, epochs: int, before: float | None) -> None:
         rows.append(
             {
                 "seed": seed,
                 "method": method,
                 "share": share,
                 "channels": "-".join(map(str, network.channels)),
+                "epochs": epochs,
                 "val_before": before,
                 "val_accuracy": evaluate(network, val)[1],
                 "test_accuracy": evaluate(network, test)[1],
@@ -94,36 +97,40 @@ def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]
 
     whole = count_macs(model)
     for share in SHARES:
-        for method in ("taylor", "weight", "random", "random, like taylor"):
-            step = next(step for step in found[method] if step.macs <= share * whole)
+        for method, steps in found.items():
+            step = next(step for step in steps if step.macs <= share * whole)
             fit(step.model, train, val, seed=seed, **FINE_TUNE)
-            add(method, share, step.model, step.val_accuracy)
-        reached = next(step for step in found["taylor"] if step.macs <= share * whole)
-        gone = sum(model.channels) - reached.filters
+            add(method, share, step.model, FINE_TUNE["epochs"], step.val_accuracy)
+        trained = [whole]  # MACs of the network in the updates before each of Taylor's removals
+        trained += [step.macs for step in found["taylor"] if step.macs > share * whole]
+        reached = found["taylor"][len(trained) - 1]
+        updates = UPDATES * TRAINING["batch_size"] / len(train)  # in epochs
 
-        # One shot, with the updates of the schedule added to the fine-tuning.
+        # One shot, with the multiply-adds of the schedule's updates added to the fine-tuning.
+        generator = torch.Generator().manual_seed(seed)
+        some = torch.randperm(len(train), generator=generator)[: UPDATES * TRAINING["batch_size"]]
         pruner = TaylorPruner(model)
-        pruner.score(train)
-        once = pruner.prune(gone)
+        pruner.score(TensorDataset(*train[some]))
+        once = pruner.prune(sum(model.channels) - reached.filters)
         before = evaluate(once, val)[1]
-        epochs = FINE_TUNE["epochs"] + round(gone * UPDATES * TRAINING["batch_size"] / len(train))
+        epochs = FINE_TUNE["epochs"] + round(updates * sum(trained) / count_macs(once))
         fit(once, train, val, seed=seed, **FINE_TUNE | {"epochs": epochs})
-        add("one shot, same updates", share, once, before)
+        add("one shot, same compute", share, once, epochs, before)
 
-        # The same architecture from scratch.
-        torch.manual_seed(seed)
-        scratch = CNN(reached.model.channels)
-        spent = BASELINE["epochs"] + epochs
-        settings = {name: BASELINE[name] for name in ("batch_size", "lr")}
-        fit(scratch, train, val, epochs=spent, seed=seed, **settings)
-        add("scratch, same epochs", share, scratch, None)
-        torch.manual_seed(seed)
-        scratch = CNN(reached.model.channels)
-        longer = epochs + round(BASELINE["epochs"] * whole / reached.macs)
-        fit(scratch, train, val, epochs=longer, seed=seed, **settings)
-        add("scratch, same compute", share, scratch, None)
+        # The same architecture from scratch, with all the training that the pruned one has had.
+        compute = BASELINE["epochs"] * whole + updates * sum(trained)
+        lengths = {
+            "scratch, same epochs": BASELINE["epochs"] + updates * len(trained),
+            "scratch, same compute": compute / reached.macs,
+        }
+        for method, length in lengths.items():
+            torch.manual_seed(seed)
+            scratch = CNN(reached.model.channels)
+            epochs = FINE_TUNE["epochs"] + round(length)
+            fit(scratch, train, val, epochs, BASELINE["batch_size"], BASELINE["lr"], seed)
+            add(method, share, scratch, epochs, None)
     fit(model, train, val, seed=seed, **FINE_TUNE)
-    add("baseline, trained on", 1.0, model, None)
+    add("baseline, trained on", 1.0, model, FINE_TUNE["epochs"], None)
     return rows
 
 
