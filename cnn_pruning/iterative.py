@@ -63,7 +63,8 @@ def prune_iteratively(
     the last step, a network that works; a last fine-tuning is left to the caller.
 
     The updates are Adam's, on mini-batches of ``batch_size`` from ``train`` in an order that
-    ``seed`` draws, at the constant rate ``lr``. After each removal the optimizer is a new one.
+    ``seed`` draws, at the constant rate ``lr``. After each removal the optimizer is a new one: to
+    carry Adam's moments of the surviving weights over made no difference that trials could show.
 
     The filters are scored by ``criterion`` in the passes of these updates, as in the paper, at no
     extra cost, if it is a mean over examples (``criteria.PER_EXAMPLE``, or a function). Otherwise,
