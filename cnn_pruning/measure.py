@@ -1,8 +1,9 @@
 """What a network costs: parameters, multiply-adds, milliseconds."""
 
+import copy
+import random
 import statistics
 import time
-from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -32,19 +33,22 @@ def latency(
     """Return the median and the quartiles of the milliseconds that a forward pass takes.
 
     For each model (median, first quartile, third quartile) over ``repeats`` passes of
-    ``batch_size`` random images, after five that are not counted. The models take turns, so that
-    what else the machine does slows all of them alike.
+    ``batch_size`` random images, after five that are not counted. Measured are copies in
+    evaluation mode with their convolutions laid out channels last, as ``fit`` leaves them: other
+    layouts take other times. They take turns in random order, so that what else the machine does,
+    and what the pass before left in the memory, slows all of them alike.
     """
     images = [_images(model, batch_size, image_shape) for model in models]
+    networks = [copy.deepcopy(m).eval().to(memory_format=torch.channels_last) for m in models]
     times: list[list[float]] = [[] for _ in models]
-    with ExitStack() as flags, torch.no_grad():
-        for model in models:
-            flags.enter_context(training_flags(model))
-            model.eval()
+    turns = list(zip(networks, images, times, strict=True))
+    shuffle = random.Random(0).shuffle
+    with torch.no_grad():
         for _ in range(5 + repeats):
-            for model, batch, row in zip(models, images, times, strict=True):
+            shuffle(turns)
+            for network, batch, row in turns:
                 start = time.perf_counter()
-                model(batch)
+                network(batch)
                 if batch.is_cuda:
                     torch.cuda.synchronize(batch.device)
                 row.append(1000 * (time.perf_counter() - start))

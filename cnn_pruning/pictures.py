@@ -14,7 +14,7 @@ NOTEBOOKS = ROOT / "notebooks"
 # From a notebook's stored outputs: of its cell that has these words, the figure.
 COPIED = {
     "criteria.png": ("06_criteria_compared.ipynb", "Gray: chance."),
-    "schedules.png": ("07_iterative_pruning.ipynb", "One schedule, seven criteria"),
+    "schedules.png": ("07_iterative_pruning.ipynb", "One schedule, seven ways to choose"),
     "subsets.png": ("08_exact_optimum.ipynb", "Taylor picks from the good end"),
 }
 

@@ -81,7 +81,9 @@ def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]
     train, val, test = splits
     rows = []
 
-    def add(method: str, share: float, network: CNN, epochs: int, before: float | None) -> None:
+    def add(
+        method: str, share: float, network: CNN, epochs: int, earlier: float, before: float | None
+    ) -> None:
         rows.append(
             {
                 "seed": seed,
@@ -89,6 +91,8 @@ def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]
                 "share": share,
                 "channels": "-".join(map(str, network.channels)),
                 "epochs": epochs,
+                # The multiply-adds of all its training, those of the baseline's included.
+                "compute": round(earlier + epochs * count_macs(network) / whole, 2),
                 "val_before": before,
                 "val_accuracy": evaluate(network, val)[1],
                 "test_accuracy": evaluate(network, test)[1],
@@ -96,15 +100,17 @@ def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]
         )
 
     whole = count_macs(model)
+    updates = UPDATES * TRAINING["batch_size"] / len(train)  # between two removals, in epochs
     for share in SHARES:
         for method, steps in found.items():
-            step = next(step for step in steps if step.macs <= share * whole)
+            # What the network costs while it is trained for the next removal.
+            trained = [whole, *(step.macs for step in steps if step.macs > share * whole)]
+            step = steps[len(trained) - 1]
             fit(step.model, train, val, seed=seed, **FINE_TUNE)
-            add(method, share, step.model, FINE_TUNE["epochs"], step.val_accuracy)
-        trained = [whole]  # MACs of the network in the updates before each of Taylor's removals
-        trained += [step.macs for step in found["taylor"] if step.macs > share * whole]
-        reached = found["taylor"][len(trained) - 1]
-        updates = UPDATES * TRAINING["batch_size"] / len(train)  # in epochs
+            earlier = BASELINE["epochs"] + updates * sum(trained) / whole
+            add(method, share, step.model, FINE_TUNE["epochs"], earlier, step.val_accuracy)
+            if method == "taylor":
+                reached, compute, removals = step, earlier, len(trained)
 
         # One shot, with the multiply-adds of the schedule's updates added to the fine-tuning.
         generator = torch.Generator().manual_seed(seed)
@@ -113,24 +119,24 @@ def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]
         pruner.score(TensorDataset(*train[some]))
         once = pruner.prune(sum(model.channels) - reached.filters)
         before = evaluate(once, val)[1]
-        epochs = FINE_TUNE["epochs"] + round(updates * sum(trained) / count_macs(once))
+        extra = (compute - BASELINE["epochs"]) * whole / count_macs(once)
+        epochs = FINE_TUNE["epochs"] + round(extra)
         fit(once, train, val, seed=seed, **FINE_TUNE | {"epochs": epochs})
-        add("one shot, same compute", share, once, epochs, before)
+        add("one shot, same compute", share, once, epochs, BASELINE["epochs"], before)
 
         # The same architecture from scratch, with all the training that the pruned one has had.
-        compute = BASELINE["epochs"] * whole + updates * sum(trained)
         lengths = {
-            "scratch, same epochs": BASELINE["epochs"] + updates * len(trained),
-            "scratch, same compute": compute / reached.macs,
+            "scratch, same epochs": BASELINE["epochs"] + updates * removals,
+            "scratch, same compute": compute * whole / reached.macs,
         }
         for method, length in lengths.items():
             torch.manual_seed(seed)
             scratch = CNN(reached.model.channels)
             epochs = FINE_TUNE["epochs"] + round(length)
             fit(scratch, train, val, epochs, BASELINE["batch_size"], BASELINE["lr"], seed)
-            add(method, share, scratch, epochs, None)
+            add(method, share, scratch, epochs, 0, None)
     fit(model, train, val, seed=seed, **FINE_TUNE)
-    add("baseline, trained on", 1.0, model, FINE_TUNE["epochs"], None)
+    add("baseline, trained on", 1.0, model, FINE_TUNE["epochs"], BASELINE["epochs"], None)
     return rows
 
 
