@@ -31,10 +31,12 @@ def processes():
 
 @pytest.fixture(scope="session", autouse=True)
 def _server(request, tmp_path_factory):
-    """An MLflow server of its own process, with a new store; its address and folder."""
+    """An MLflow server of its own process, with its own store; its address and folder."""
     if not any("server" in item.fixturenames for item in request.session.items):
         yield
         return
+    from stores import new_store  # takes seconds, which the other tests needn't wait for
+
     folder = tmp_path_factory.mktemp("server")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -42,7 +44,7 @@ def _server(request, tmp_path_factory):
         "--host": "127.0.0.1",
         "--port": str(port),
         "--workers": "1",
-        "--backend-store-uri": f"sqlite:///{(folder / 'mlflow.db').as_posix()}",
+        "--backend-store-uri": new_store(folder, tmp_path_factory),
         "--artifacts-destination": str(folder / "served"),
     }
     arguments = [argument for option in options.items() for argument in option]
