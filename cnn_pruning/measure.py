@@ -37,6 +37,9 @@ def latency(
     evaluation mode with their convolutions laid out channels last, as ``fit`` leaves them: other
     layouts take other times. They take turns in random order, so that what else the machine does,
     and what the pass before left in the memory, slows all of them alike.
+
+    On Linux, large batches are measured reliably only if the C library keeps their buffers from
+    pass to pass: set MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to 1000000000 beforehand.
     """
     images = [_images(model, batch_size, image_shape) for model in models]
     networks = [copy.deepcopy(m).eval().to(memory_format=torch.channels_last) for m in models]
