@@ -213,7 +213,9 @@ def baseline(
     with run("cnn-pruning") as parent, run("train", parent.info.run_id) as active:
         fit_and_log(model, train, val, test, **settings)
         mlflow.set_tag("stage", "baseline")
-    return model, active.info.run_id
+    # Read back, so that the first call and the later ones return tensors of the same layout: other
+    # layouts take other kernels, which round otherwise.
+    return load_network(active.info.run_id), active.info.run_id
 
 
 def parent_of(run_id: str) -> str | None:
