@@ -115,7 +115,7 @@ def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     try:
         with training_flags(model):
             model.eval()
-            graph = fx.Tracer().trace(model)
+            graph = fx.Tracer(autowrap_modules=()).trace(model)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} can't be read as a chain of layers ({error}): put its layers "

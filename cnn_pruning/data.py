@@ -55,16 +55,18 @@ def fashion_mnist(
     if _damaged(root, _EXTRACTED_MD5):
         _extract(root)
 
-    images, labels = _tensors(FashionMNIST(root, train=True))
+    original = FashionMNIST(root, train=True)
+    test = FashionMNIST(root, train=False)
+    labels = original.targets
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     per_class = VALIDATION_SIZE // len(CLASSES)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(len(CLASSES)):
         held_out[shuffled[labels[shuffled] == label][:per_class]] = True
     return (
-        TensorDataset(images[~held_out], labels[~held_out]),
-        TensorDataset(images[held_out], labels[held_out]),
-        TensorDataset(*_tensors(FashionMNIST(root, train=False))),
+        _floats(original.data[~held_out], labels[~held_out]),
+        _floats(original.data[held_out], labels[held_out]),
+        _floats(test.data, test.targets),
     )
 
 
@@ -100,8 +102,8 @@ def batches(
     return DataLoader(dataset, sampler=sampler, batch_size=batch_size, generator=own)
 
 
-def _tensors(dataset: FashionMNIST) -> tuple[Tensor, Tensor]:
-    return dataset.data.unsqueeze(1) / 255, dataset.targets
+def _floats(pixels: Tensor, labels: Tensor) -> TensorDataset:
+    return TensorDataset(pixels.unsqueeze(1) / 255, labels)
 
 
 def _damaged(root: Path, md5: dict[str, str]) -> list[Path]:

@@ -102,10 +102,11 @@ def prune_iteratively(
     generator = torch.Generator().manual_seed(seed)
     stream = _endless(batches(train, batch_size, generator))
     network = model
+    sizes = _sizes(network, image_shape)
     kept = {layer: list(range(link.conv.out_channels)) for layer, link in links(model).items()}
     removable = sum(max(0, len(filters) - pruner.min_filters) for filters in kept.values())
     with progress(removable, "pruning") as advance:
-        while (left := _sizes(network, image_shape)[name]) > target:
+        while sizes[name] > target:
             network = copy.deepcopy(network)
             scores = _train(network, islice(stream, updates), lr, seed, on_the_way)
             if on_the_way is None:
@@ -117,9 +118,10 @@ def prune_iteratively(
             pruner = TaylorPruner(network, criterion, **options)
             pruner.scores = scores
             room = sum(max(0, len(values) - pruner.min_filters) for values in scores.values())
-            count = min(per_step, room, left - target if name == "filters" else room)
+            count = min(per_step, room, sizes[name] - target if name == "filters" else room)
             chosen = pruner.select(count)
             network = remove_filters(network, chosen)
+            sizes = _sizes(network, image_shape)
             removed = {layer: [kept[layer][k] for k in ks] for layer, ks in chosen.items()}
             kept = {
                 layer: [k for k in filters if k not in removed[layer]]
@@ -132,7 +134,7 @@ def prune_iteratively(
                 network,
                 removed,
                 {layer: list(filters) for layer, filters in kept.items()},
-                **_sizes(network, image_shape),
+                **sizes,
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
             )

@@ -11,6 +11,8 @@ import urllib.request
 
 import pytest
 
+os.environ["DO_NOT_TRACK"] = "true"  # MLflow's reports of its use, for which each process waits
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _processes(request):
@@ -61,12 +63,8 @@ def _server(request, tmp_path_factory):
     try:
         yield process, f"http://127.0.0.1:{port}", folder
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture

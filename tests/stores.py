@@ -65,6 +65,11 @@ def new_store(folder, tmp_path_factory):
     return uri
 
 
+def no_figures(monkeypatch):
+    """To draw one takes longer than to train a small network; without these, they are drawn."""
+    monkeypatch.setattr(mlflow, "log_figure", lambda *_, **__: None)
+
+
 def runs(uri=None):
     """All runs of the project, the oldest first."""
     client = mlflow.MlflowClient(uri)

@@ -4,7 +4,7 @@ from contextlib import redirect_stdout
 import mlflow
 import pytest
 import torch
-from stores import dataset, new_store, no_server, place, runs
+from stores import artifacts, dataset, new_store, no_figures, no_server, place, runs
 
 import cnn_pruning.__main__ as program
 from cnn_pruning import TaylorPruner, tracking
@@ -50,6 +50,7 @@ def finished(shared):
 @pytest.fixture
 def store(shared, monkeypatch):
     monkeypatch.setattr(program, "fashion_mnist", lambda root: SPLITS)
+    no_figures(monkeypatch)
     with place(*shared):
         yield
 
@@ -133,6 +134,20 @@ def test_the_recorded_networks_are_those_of_the_steps(finished, store):
     with torch.no_grad():
         expected = tuned(images).argmax(1)
     assert torch.equal(tracking.predict(found["fine-tune"].info.run_id, images), expected)
+
+
+def test_figures_are_recorded_with_the_step_they_show(finished, store):
+    _, found = finished
+    figures = {
+        name: [path for path in artifacts(run.info.run_id) if path.endswith(".png")]
+        for name, run in found.items()
+    }
+    assert figures == {
+        "cnn-pruning": [],
+        "train": ["training.png"],
+        "prune": ["scores.png"],
+        "fine-tune": ["training.png"],
+    }
 
 
 def test_its_training_is_a_baseline_for_the_notebooks(finished, store, monkeypatch):

@@ -6,7 +6,17 @@ import mlflow
 import pytest
 import torch
 from networks import assert_same
-from stores import artifacts, dataset, first_use, new_store, no_server, place, runs, silent_server
+from stores import (
+    artifacts,
+    dataset,
+    first_use,
+    new_store,
+    no_figures,
+    no_server,
+    place,
+    runs,
+    silent_server,
+)
 
 from cnn_pruning import CNN, TaylorPruner, tracking
 
@@ -45,9 +55,10 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture
-def store(shared):
+def store(shared, monkeypatch):
     """A store that the tests share, so each looks at its own runs only."""
     folder, uri = shared
+    no_figures(monkeypatch)
     with place(folder, uri):
         tracking.connect()
         yield
