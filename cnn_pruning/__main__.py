@@ -150,15 +150,15 @@ def experiment(options: argparse.Namespace) -> None:
             rows["fine-tuned"] = accuracies(small, val, test)
             tracking.log_model(small, test[:2][0])
 
-    measured = dict(zip(("trained", "fine-tuned"), costs(model, small), strict=True))
-    measured["pruned"] = measured["fine-tuned"]  # one architecture
-    rows = {name: measured[name] | found for name, found in rows.items()}
-    for network in (model, small):
-        print(summary(network.cpu(), (1, 1, 28, 28), verbose=0))
-    for layer, filters in removed.items():
-        print(f"removed from {layer}: {len(filters)} filters {filters}")
-    print(f"\n{pd.DataFrame(rows).T.to_string(formatters=FORMATS, na_rep='')}")
-    print(f"\nMLflow run {parent.info.run_id}, in {mlflow.get_tracking_uri()}")
+        measured = dict(zip(("trained", "fine-tuned"), costs(model, small), strict=True))
+        measured["pruned"] = measured["fine-tuned"]  # one architecture
+        rows = {name: measured[name] | found for name, found in rows.items()}
+        for network in (model, small):
+            print(summary(network.cpu(), (1, 1, 28, 28), verbose=0))
+        for layer, filters in removed.items():
+            print(f"removed from {layer}: {len(filters)} filters {filters}")
+        print(f"\n{pd.DataFrame(rows).T.to_string(formatters=FORMATS, na_rep='')}")
+        print(f"\nMLflow run {parent.info.run_id}, in {mlflow.get_tracking_uri()}")
 
 
 def prune_in_one_shot(model: CNN, train, val, options) -> tuple[CNN, dict[str, list[int]]]:
@@ -217,11 +217,10 @@ def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
     try:
-        experiment(options)
+        experiment(parse(arguments))
     except KeyboardInterrupt:
-        print("Interrupted; the MLflow run is marked as killed.", file=sys.stderr)
+        print("Interrupted; the MLflow run, if it had begun, is marked killed.", file=sys.stderr)
         return 130
     except FloatingPointError as error:
         print(error, file=sys.stderr)

@@ -98,7 +98,7 @@ def over_examples(per_example: PerExample, gradient: bool = True) -> Criterion:
                         f"{tuple(z.shape[:2])} for {layer}, but it returned "
                         f"{type(values).__name__} {tuple(shape or ())}."
                     )
-                total = values.sum(0, dtype=torch.float64).cpu()
+                total = values.cpu().sum(0, dtype=torch.float64)  # not every device has float64
                 totals[layer] = totals[layer] + total if layer in totals else total
         return {layer: total / len(data) for layer, total in totals.items()}
 
@@ -149,7 +149,7 @@ def mutual_information(model: nn.Module, data: Dataset, batch_size: int) -> Scor
     for batch, maps in feature_maps(model, data, batch_size, gradient=False):
         labels.append(batch.cpu())
         for layer, (z, _) in maps.items():
-            means.setdefault(layer, []).append(activation_mean(z).double().cpu())
+            means.setdefault(layer, []).append(activation_mean(z).cpu().double())
     quantiles = torch.arange(1, BINS, dtype=torch.float64) / BINS
     scores = {}
     for layer, parts in means.items():
@@ -170,7 +170,7 @@ def weight(model: nn.Module, data: Dataset | None = None, batch_size: int = 0) -
     Source: Molchanov et al. 2017, section 2.2, "Minimum weight".
     """
     return {
-        layer: link.conv.weight.detach().double().square().flatten(1).mean(1)
+        layer: link.conv.weight.detach().cpu().double().square().flatten(1).mean(1)
         for layer, link in links(model).items()
     }
 
@@ -230,7 +230,7 @@ def obd(model: nn.Module, data: Dataset, batch_size: int, seed: int = 0) -> Scor
                 for (layer, p), v, hv in zip(owners, signs, curved, strict=True):
                     saliency = (p.detach().square() * v * hv).flatten(1 if p.dim() > 1 else 0)
                     total = saliency.sum(1) if p.dim() > 1 else saliency
-                    totals[layer] += total.double().cpu() / 2
+                    totals[layer] += total.cpu().double() / 2
     finally:
         for p in frozen:
             p.requires_grad_(False)

@@ -205,7 +205,7 @@ def _train(
                 shape = (len(images), chain[layer].conv.out_channels, -1)
                 slope = z.grad * len(images)  # of each example's own loss
                 score = per_example(z.detach().reshape(shape), slope.reshape(shape))
-                total = score.sum(0, dtype=torch.float64).cpu()
+                total = score.cpu().sum(0, dtype=torch.float64)
                 totals[layer] = totals[layer] + total if layer in totals else total
             maps.clear()
             seen += len(images)

@@ -39,7 +39,7 @@ def oracle(model: nn.Module, data: Dataset, batch_size: int = 100) -> dict[str, 
             for layer in order:
                 inputs.append(x)
                 x = layer(x.clone() if getattr(layer, "inplace", False) else x)
-            base = summed_loss(x, labels).double()
+            base = summed_loss(x, labels).cpu().double()
             for name, start in starts.items():
                 rest = order[start + 1 :]
                 output = inputs[start + 1] if rest else x
@@ -47,8 +47,8 @@ def oracle(model: nn.Module, data: Dataset, batch_size: int = 100) -> dict[str, 
                     y = _without(order[start], inputs[start], output, k, len(change[name]))
                     for layer in rest:
                         y = layer(y)
-                    masked = summed_loss(y, labels).double()
-                    change[name][k] += (masked - base).cpu()
+                    masked = summed_loss(y, labels).cpu().double()
+                    change[name][k] += masked - base
     return {name: total / len(data) for name, total in change.items()}
 
 

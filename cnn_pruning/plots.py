@@ -67,6 +67,7 @@ def class_examples(images: Tensor, labels: Tensor, each: int = 6) -> Figure:
         for axis, image in zip(row, images[labels == label], strict=False):
             _picture(axis, image[0], cmap="gray_r")
         row[0].set_ylabel(CLASSES[label], rotation=0, ha="right", va="center")
+    figure.suptitle(f"Ten classes: {each} images of each", x=0.01, ha="left", weight="bold")
     return figure
 
 
@@ -212,14 +213,15 @@ def estimate_against_truth(
 
     Dead filters, with a zero, can't be drawn on these and are counted in the legend.
     """
-    figure, ((axis,),) = _figure(1, 1, 6.2, 4.8)
+    figure, ((axis,),) = _figure(1, 1, 7.4, 5)
     for color, layer in zip(LAYERS, estimate, strict=False):
         x, y = estimate[layer], truth[layer]
         drawn = ((x > 0) & (y > 0)).nonzero().flatten().tolist()
         zeros = f" ({len(x) - len(drawn)} dead, not drawn)" if len(drawn) < len(x) else ""
-        axis.scatter(x[drawn], y[drawn], s=150, color=color, alpha=0.6, label=layer + zeros)
+        axis.scatter(x[drawn], y[drawn], s=36, color=color, label=layer + zeros)
         for k in drawn:
-            axis.annotate(k, (x[k].item(), y[k].item()), ha="center", va="center", size=7)
+            place = (x[k].item(), y[k].item())
+            axis.annotate(k, place, (4, 3), textcoords="offset points", color=color, size=8)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", yscale="log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
@@ -262,7 +264,7 @@ def accuracy_by_removed(
 
 
 def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> Figure:
-    """Every weight of a conv-conv-linear chain as one cell; those that leave are colored.
+    """Every weight and bias of a conv-conv-linear chain as one cell; those that leave are colored.
 
     A convolution's row is a filter and its column an input channel; for the linear layer, which is
     drawn by blocks, a row is a class and a column the block of inputs that one filter feeds.
@@ -277,24 +279,30 @@ def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> F
             as_filter, as_input = i in gone, j in gone_before
             color = REMOVED if as_filter else "#F0B799" if as_input else "#D9D9D9"
             axis.add_patch(Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, color=color, lw=0))
+        bias = columns + 0.5  # apart from the weights
+        for i in range(rows):
+            color = REMOVED if i in gone else "#D9D9D9"
+            axis.add_patch(Rectangle((bias - 0.45, i - 0.45), 0.9, 0.9, color=color, lw=0))
         each = layer.weight.numel() // (rows * columns)
         stay = (rows - len(gone)) * (columns - len(gone_before)) * each + rows - len(gone)
         total = layer.weight.numel() + rows
         linear = isinstance(layer, nn.Linear)
         axis.set(
-            xlim=(-0.7, columns - 0.3),
+            xlim=(-0.7, bias + 0.7),
             ylim=(rows - 0.3, -0.7),
-            xticks=range(columns),
             yticks=range(rows),
             xlabel=f"{'block of' if linear else 'input channel,'} {each} weights each",
             ylabel="class" if linear else "filter",
             title=f"{name}: {total:,} → {stay:,}",
         )
+        axis.set_xticks([*range(columns), bias], [*range(columns), "bias"])
         axis.tick_params(labelsize=7, length=0)
         before = (rows, gone)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in (REMOVED, "#F0B799", "#D9D9D9")]
     names = ("removed filter", "what the next layer had for it", "stays")
     figure.legend(handles, names, loc="outside lower center", ncols=3)
+    title = "A filter takes along its weights, its bias, and what the next layer had for it"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
     return figure
 
 

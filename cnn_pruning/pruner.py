@@ -151,7 +151,10 @@ class TaylorPruner:
         self.scores: Scores | None = None
 
     def score(self, data: Dataset, batch_size: int = 128) -> Scores:
-        """Score every filter on ``data``; keep the scores and return them."""
+        """Score every filter on ``data``; keep the scores and return them.
+
+        Raises as ``filter_scores`` does; the scores from before are kept then.
+        """
         self.scores = filter_scores(self.model, data, self.criterion, batch_size)
         return self.scores
 
@@ -196,7 +199,10 @@ class TaylorPruner:
         return {layer: sorted(indices) for layer, indices in selected.items()}
 
     def prune(self, n: int) -> nn.Module:
-        """Return a new network without the ``n`` filters that ``select(n)`` names."""
+        """Return a new network without the ``n`` filters that ``select(n)`` names.
+
+        Raises as ``select`` does.
+        """
         return remove_filters(self.model, self.select(n))
 
 

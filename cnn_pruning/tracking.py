@@ -265,9 +265,9 @@ def predict(run_id: str, images: Tensor) -> Tensor:
 def _check_answer(uri: str) -> None:
     try:
         urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=ANSWER_WITHIN).close()
-    except urllib.error.HTTPError:
-        pass  # it refuses this page, but it answers
     except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            return  # it refuses this page, but it answers
         raise ConnectionError(
             f"The MLflow server at MLFLOW_TRACKING_URI={uri} does not answer ({error}): start it, "
             "or unset MLFLOW_TRACKING_URI to use the file mlflow.db."

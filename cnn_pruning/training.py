@@ -30,8 +30,9 @@ def fit(
 
     The learning rate falls linearly, update by update, from ``lr`` to a hundredth of it.
 
-    A row holds ``epoch`` (from 1), ``train_loss`` (mean over the epoch's examples, while the
-    network learns), ``val_loss`` and ``val_accuracy`` (a fraction), measured after the epoch.
+    A row holds ``epoch`` (from 1), ``train_loss`` (nats, the mean over the epoch's examples, while
+    the network learns), ``val_loss`` (nats) and ``val_accuracy`` (a fraction), measured after the
+    epoch.
     ``on_epoch`` is called with each row as soon as it is known. The order of the mini-batches and
     what dropout draws depend on ``seed`` alone; the caller's random numbers are untouched. The
     optimizer is new on each call, so it holds no removed filter.
@@ -41,7 +42,8 @@ def fit(
     convolutions are laid out channels last, which is faster on a CPU and changes no value. On a
     CPU with instructions for bfloat16 the updates use mixed precision (``mixed_precision``).
 
-    Raises ``ValueError`` for epochs, batch size or learning rate out of range, and
+    Raises ``ValueError`` for epochs, batch size or learning rate out of range, and what
+    ``evaluate`` raises for data that can't be used, all before the model changes;
     ``FloatingPointError`` if the loss stops being finite.
     """
     check_settings(epochs, lr, seed)
@@ -156,6 +158,8 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[fl
     """Return the mean cross-entropy (nats) and the accuracy (a fraction) of ``model`` on ``data``.
 
     The model is in evaluation mode meanwhile, and its training flags are as before afterwards.
+    Raises ``TypeError`` or ``ValueError`` for what ``batches`` refuses, and ``ValueError`` for
+    labels that aren't integers of one of the classes.
     """
     device = next(model.parameters()).device
     loss, correct = 0.0, 0

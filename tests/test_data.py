@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 from torchvision.datasets import FashionMNIST
 
-from cnn_pruning import fashion_mnist
+from cnn_pruning import data, fashion_mnist
 from cnn_pruning.data import batches
 from cnn_pruning.paths import ROOT
 
@@ -131,6 +131,16 @@ def test_a_damaged_archive_is_an_error_that_names_the_file(root, damage):
     assert archive.read_bytes() == content  # it is the reader's to delete
 
 
+def test_once_the_damaged_archive_is_restored_the_data_are_read(root, splits):
+    archive = raw_of(root) / "train-labels-idx1-ubyte.gz"
+    content = archive.read_bytes()
+    archive.write_bytes(content[:1000])
+    with pytest.raises(ValueError, match=re.escape(str(archive))):
+        fashion_mnist(root)
+    archive.write_bytes(content)
+    assert_equal(fashion_mnist(root), splits)
+
+
 def no_mirrors(monkeypatch):
     monkeypatch.setattr(FashionMNIST, "mirrors", [])
 
@@ -165,12 +175,16 @@ def test_a_root_that_is_a_file_is_an_error_that_names_it(tmp_path):
     assert not isinstance(error.value, ConnectionError)
 
 
-def test_a_folder_that_can_not_be_written_to_is_an_error_that_names_it(root):
+def test_a_folder_that_can_not_be_written_to_is_an_error_that_names_it(root, monkeypatch):
     raw = raw_of(root)
     raw.chmod(0o500)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
     try:
-        if os.access(raw, os.W_OK):
-            pytest.skip("this user may write anywhere")
+        if os.access(raw, os.W_OK):  # as root, who may write anywhere
+            monkeypatch.setattr(data, "FileLock", refuse)
         with pytest.raises(OSError, match=re.escape(str(raw))) as error:
             fashion_mnist(root)
         assert not isinstance(error.value, ConnectionError)

@@ -210,6 +210,17 @@ def interrupt(*_, **__):
                 "fine-tune": "KILLED",
             },
         ),
+        (
+            program,
+            "costs",
+            {
+                "cnn-pruning": "KILLED",
+                "train": "FINISHED",
+                "prune": "FINISHED",
+                "fine-tune": "FINISHED",
+            },
+        ),
+        (program, "fashion_mnist", {}),
     ],
 )
 def test_an_interrupt_kills_the_run_and_the_step_it_is_in(

@@ -98,8 +98,8 @@ def test_the_address_in_the_environment_wins_over_the_default_store(tmp_path, tm
 
 
 @contextmanager
-def foreign_server():
-    """A server of another protocol."""
+def answering(words):
+    """A server that says ``words`` to the first request."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
 
@@ -107,7 +107,7 @@ def foreign_server():
             connection, _ = server.accept()
             with connection:
                 connection.recv(10_000)
-                connection.sendall(b"SSH-2.0-Server\r\n")
+                connection.sendall(words)
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
@@ -115,12 +115,22 @@ def foreign_server():
         thread.join()
 
 
+def foreign_server():
+    return answering(b"SSH-2.0-Server\r\n")
+
+
+def overloaded_server():
+    return answering(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+
+
 @contextmanager
 def no_address():
     yield "http://127.0.0.1:port"
 
 
-@pytest.mark.parametrize("server", [no_server, silent_server, foreign_server, no_address])
+@pytest.mark.parametrize(
+    "server", [no_server, silent_server, foreign_server, overloaded_server, no_address]
+)
 def test_a_server_that_does_not_answer_is_an_error_before_anything_is_made(
     server, tmp_path, monkeypatch
 ):
