@@ -3,6 +3,7 @@
 from cnn_pruning.data import fashion_mnist
 from cnn_pruning.model import CNN
 from cnn_pruning.pruner import TaylorPruner, filter_scores, mask_filters, remove_filters
+from cnn_pruning.scores import normalize, select_filters
 from cnn_pruning.training import evaluate, fit
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "filter_scores",
     "fit",
     "mask_filters",
+    "normalize",
     "remove_filters",
+    "select_filters",
 ]

@@ -14,17 +14,23 @@ from torchinfo import summary
 
 from cnn_pruning import (
     CNN,
-    TaylorPruner,
-    criteria,
     evaluate,
     fashion_mnist,
+    filter_scores,
+    normalize,
     plots,
     remove_filters,
+    select_filters,
     tracking,
 )
-from cnn_pruning.chain import links
+from cnn_pruning.baseline import fit_and_log
+from cnn_pruning.chain import read_chain
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import costs
+from cnn_pruning.scores import Filters
+
+PROGRAM = "python -m cnn_pruning"
+Splits = tuple[TensorDataset, TensorDataset, TensorDataset]
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +73,7 @@ def device(text: str) -> torch.device:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m cnn_pruning",
+        prog=PROGRAM,
         description="Train a CNN on FashionMNIST, score its filters with the Taylor criterion, "
         "remove the lowest, fine-tune. Every step is tracked in MLflow.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -106,99 +112,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             f"argument --remove: {options.remove} of {sum(options.channels)} filters can't go, "
             f"because each of the {len(options.channels)} layers keeps at least one"
         )
-    try:
-        options.splits = fashion_mnist(options.data)
-        tracking.connect()
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     return options
-
-
-def experiment(options: argparse.Namespace) -> None:
-    import mlflow
-
-    train, val, test = options.splits
-    settings = {"batch_size": options.batch_size, "lr": options.lr, "seed": options.seed}
-    rows = {}
-
-    with tracking.run("cnn-pruning") as parent:
-        mlflow.log_params({"remove": options.remove, "device": options.device})
-
-        torch.manual_seed(options.seed)
-        model = CNN(options.channels).to(options.device)
-        with tracking.run("train"):
-            tracking.fit_and_log(model, train, val, test, epochs=options.epochs, **settings)
-            if options.device.type == "cpu":
-                mlflow.set_tag("stage", "baseline")
-        rows["trained"] = accuracies(model, val, test)
-
-        with tracking.run("prune"):
-            mlflow.log_params({"criterion": "taylor", "removed": options.remove})
-            if options.updates is None:
-                small, removed = prune_in_one_shot(model, train, val, options)
-            else:
-                small, removed = prune_step_by_step(model, train, val, options)
-            _, val_accuracy = evaluate(small, val)
-            mlflow.log_dict(removed, "removed.json")
-            tracking.log_network(small)
-        rows["pruned"] = {"val accuracy": val_accuracy}
-
-        with tracking.run("fine-tune"):
-            tracking.fit_and_log(
-                small, train, val, test, epochs=options.fine_tune_epochs, **settings
-            )
-            rows["fine-tuned"] = accuracies(small, val, test)
-            tracking.log_model(small, test[:2][0])
-
-        measured = dict(zip(("trained", "fine-tuned"), costs(model, small), strict=True))
-        measured["pruned"] = measured["fine-tuned"]  # one architecture
-        rows = {name: measured[name] | found for name, found in rows.items()}
-        for network in (model, small):
-            print(summary(network.cpu(), (1, 1, 28, 28), verbose=0))
-        for layer, filters in removed.items():
-            print(f"removed from {layer}: {len(filters)} filters {filters}")
-        print(f"\n{pd.DataFrame(rows).T.to_string(formatters=FORMATS, na_rep='')}")
-        print(f"\nMLflow run {parent.info.run_id}, in {mlflow.get_tracking_uri()}")
-
-
-def prune_in_one_shot(model: CNN, train, val, options) -> tuple[CNN, dict[str, list[int]]]:
-    import mlflow
-
-    pruner = TaylorPruner(model)
-    scores = criteria.normalize(pruner.score(train))
-    removed = pruner.select(options.remove)
-    small = pruner.prune(options.remove)
-    figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
-    mlflow.log_figure(figure, "scores.png")
-    val_loss, val_accuracy = evaluate(small, val)
-    mlflow.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
-    return small, removed
-
-
-def prune_step_by_step(model: CNN, train, val, options) -> tuple[CNN, dict[str, list[int]]]:
-    """One MLflow step a removal, so that its page draws accuracy against what is left."""
-    import mlflow
-
-    mlflow.log_params({"updates": options.updates, "per_step": options.per_step})
-    small = remove_filters(model, {})
-    removed = {layer: [] for layer in links(model)}
-    steps = prune_iteratively(
-        model,
-        train,
-        val,
-        filters=sum(options.channels) - options.remove,
-        per_step=options.per_step,
-        updates=options.updates,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    for number, step in enumerate(steps, start=1):
-        small = step.model
-        for layer, filters in step.removed.items():
-            removed[layer] += filters
-        names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
-        mlflow.log_metrics({name: getattr(step, name) for name in names}, step=number)
-    return small, removed
 
 
 FORMATS = {
@@ -216,12 +130,104 @@ def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str,
     return {"val accuracy": evaluate(model, val)[1], "test accuracy": evaluate(model, test)[1]}
 
 
+def prune_in_one_shot(model: CNN, train, val, options) -> tuple[CNN, Filters]:
+    scores = normalize(filter_scores(model, train))
+    removed = select_filters(scores, options.remove)
+    small = remove_filters(model, removed)
+    figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
+    tracking.log_figure(figure, "scores.png")
+    val_loss, val_accuracy = evaluate(small, val)
+    tracking.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
+    return small, removed
+
+
+def prune_step_by_step(model: CNN, train, val, options) -> tuple[CNN, Filters]:
+    """One MLflow step a removal, so that its page draws accuracy against what is left."""
+    tracking.log_settings({"updates": options.updates, "per_step": options.per_step})
+    small = remove_filters(model, {})
+    removed = {layer: [] for layer in read_chain(model).links}
+    steps = prune_iteratively(
+        model,
+        train,
+        val,
+        filters=sum(options.channels) - options.remove,
+        per_step=options.per_step,
+        updates=options.updates,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    for number, step in enumerate(steps, start=1):
+        small = step.model
+        for layer, filters in step.removed.items():
+            removed[layer] += filters
+        names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
+        tracking.log_metrics({name: getattr(step, name) for name in names}, step=number)
+    return small, removed
+
+
+def experiment(options: argparse.Namespace, splits: Splits) -> None:
+    train, val, test = splits
+    settings = {"batch_size": options.batch_size, "lr": options.lr, "seed": options.seed}
+    rows = {}
+
+    with tracking.run("cnn-pruning") as parent:
+        tracking.log_settings({"remove": options.remove, "device": options.device})
+
+        torch.manual_seed(options.seed)
+        model = CNN(options.channels).to(options.device)
+        with tracking.run("train"):
+            fit_and_log(model, train, val, test, epochs=options.epochs, **settings)
+            if options.device.type == "cpu":
+                tracking.mark_as_baseline()
+        rows["trained"] = accuracies(model, val, test)
+
+        with tracking.run("prune"):
+            tracking.log_settings({"criterion": "taylor", "removed": options.remove})
+            if options.updates is None:
+                small, removed = prune_in_one_shot(model, train, val, options)
+            else:
+                small, removed = prune_step_by_step(model, train, val, options)
+            _, val_accuracy = evaluate(small, val)
+            tracking.log_dict(removed, "removed.json")
+            tracking.log_network(small)
+        rows["pruned"] = {"val accuracy": val_accuracy}
+
+        with tracking.run("fine-tune"):
+            fit_and_log(small, train, val, test, epochs=options.fine_tune_epochs, **settings)
+            rows["fine-tuned"] = accuracies(small, val, test)
+            tracking.log_model(small, test[:2][0])
+
+        measured = dict(zip(("trained", "fine-tuned"), costs(model, small), strict=True))
+        measured["pruned"] = measured["fine-tuned"]  # one architecture
+        rows = {name: measured[name] | found for name, found in rows.items()}
+        for network in (model, small):
+            print(summary(network.cpu(), (1, 1, 28, 28), verbose=0))
+        for layer, filters in removed.items():
+            print(f"removed from {layer}: {len(filters)} filters {filters}")
+        print(f"\n{pd.DataFrame(rows).T.to_string(formatters=FORMATS, na_rep='')}")
+        print(f"\nThe pictures and curves are in MLflow: {tracking.address_of_runs()}")
+        print(f"MLflow run {parent.info.run_id}, in {tracking.store()}")
+
+
+def interrupted() -> int:
+    print("Interrupted; the MLflow run, if it had begun, is marked killed.", file=sys.stderr)
+    return 130
+
+
 def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     try:
-        experiment(parse(arguments))
+        splits = fashion_mnist(options.data)
+        tracking.connect()
     except KeyboardInterrupt:
-        print("Interrupted; the MLflow run, if it had begun, is marked killed.", file=sys.stderr)
-        return 130
+        return interrupted()
+    except (OSError, ValueError) as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    try:
+        experiment(options, splits)
+    except KeyboardInterrupt:
+        return interrupted()
     except FloatingPointError as error:
         print(error, file=sys.stderr)
         return 1

@@ -10,20 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cnn_pruning.chain import links
+from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
-from cnn_pruning.feature_maps import feature_maps
-from cnn_pruning.oracle import oracle
-from cnn_pruning.training import summed_loss, training_flags
-
-Scores = dict[str, Tensor]
-"""The score of each filter (K,), by name of convolution."""
+from cnn_pruning.feature_maps import Maps, feature_maps
+from cnn_pruning.oracle import oracle, oracle_abs
+from cnn_pruning.passes import Cost, device_of, evaluation, outputs_of, summed_loss
+from cnn_pruning.scores import Scores
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(feature map, gradient), both (N, K, M), to the score of each filter on each example, (N, K)."""
 
-Criterion = Callable[[nn.Module, Dataset, int], Scores]
-"""(model, data, batch size) to scores."""
+Criterion = Callable[[nn.Module | Chain, Dataset, int, Cost | None], Scores]
+"""(network, data, batch size, cost of each example) to scores."""
 
 BINS = 10  # of the activation, for the mutual information
 
@@ -80,41 +78,66 @@ def apoz(feature_map: Tensor, gradient: Tensor | None = None) -> Tensor:
     return (feature_map > 0).to(feature_map.dtype).mean(2)
 
 
-def over_examples(per_example: PerExample, gradient: bool = True) -> Criterion:
-    """Return the criterion that is the mean of ``per_example`` over all examples, in float64.
+class MeanOverExamples:
+    """The mean of ``per_example`` over all examples that were added, in float64, by layer."""
 
-    Without ``gradient``, ``per_example`` is given None for it, and there is no backward pass.
+    def __init__(self, per_example: PerExample) -> None:
+        self.per_example = per_example
+        self.totals: Scores = {}
+        self.examples = 0
+
+    def add(self, maps: Maps) -> None:
+        """Add a mini-batch. Raises ``ValueError`` if the criterion doesn't return (N, K)."""
+        for layer, (z, slope) in maps.items():
+            values = self.per_example(z, slope)
+            shape = getattr(values, "shape", None)
+            if not isinstance(values, Tensor) or shape != z.shape[:2]:
+                raise ValueError(
+                    "The criterion must return a tensor (examples, filters), "
+                    f"{tuple(z.shape[:2])} for {layer}, but it returned "
+                    f"{type(values).__name__} {tuple(shape or ())}."
+                )
+            total = values.cpu().sum(0, dtype=torch.float64)  # not every device has float64
+            self.totals[layer] = self.totals[layer] + total if layer in self.totals else total
+        self.examples += len(z)
+
+    def scores(self) -> Scores:
+        """Return the mean, (K,), by layer."""
+        return {layer: total / self.examples for layer, total in self.totals.items()}
+
+
+def over_examples(per_example: PerExample) -> Criterion:
+    """Return the criterion that is the mean of ``per_example`` over all examples.
+
+    ``FORWARD_ONLY`` functions are given None for the gradient, and there is no backward pass.
     """
 
-    def score(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
-        totals: Scores = {}
-        for _, maps in feature_maps(model, data, batch_size, gradient):
-            for layer, (z, slope) in maps.items():
-                values = per_example(z, slope)
-                shape = getattr(values, "shape", None)
-                if not isinstance(values, Tensor) or shape != z.shape[:2]:
-                    raise ValueError(
-                        "The criterion must return a tensor (examples, filters), "
-                        f"{tuple(z.shape[:2])} for {layer}, but it returned "
-                        f"{type(values).__name__} {tuple(shape or ())}."
-                    )
-                total = values.cpu().sum(0, dtype=torch.float64)  # not every device has float64
-                totals[layer] = totals[layer] + total if layer in totals else total
-        return {layer: total / len(data) for layer, total in totals.items()}
+    def score(
+        model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+    ) -> Scores:
+        mean = MeanOverExamples(per_example)
+        gradient = per_example not in FORWARD_ONLY
+        for _, maps in feature_maps(model, data, batch_size, gradient, cost):
+            mean.add(maps)
+        return mean.scores()
 
     return score
 
 
-def taylor_abs_last(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
+def taylor_abs_last(
+    model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+) -> Scores:
     """|mean over examples of (1/M) sum_m (dC/dz_m) z_m|: the absolute value comes last.
 
     Not Eq. 8, though common: near a minimum the changes of the examples cancel.
     """
-    signed = over_examples(taylor_signed)(model, data, batch_size)
+    signed = over_examples(taylor_signed)(model, data, batch_size, cost)
     return {layer: values.abs() for layer, values in signed.items()}
 
 
-def activation_std(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
+def activation_std(
+    model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+) -> Scores:
     """The standard deviation of the feature map's values, over positions and examples together.
 
     The paper doesn't say over what; with a mean per example, as for the other criteria, maps of one
@@ -136,7 +159,9 @@ def activation_std(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
     return scores
 
 
-def mutual_information(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
+def mutual_information(
+    model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+) -> Scores:
     """The information (nats) that a filter's quantized activation gives about the label.
 
     I(a, y) = sum p(a, y) log(p(a, y) / p(a) p(y)). The paper leaves open what is quantized, and
@@ -164,26 +189,41 @@ def mutual_information(model: nn.Module, data: Dataset, batch_size: int) -> Scor
     return scores
 
 
-def weight(model: nn.Module, data: Dataset | None = None, batch_size: int = 0) -> Scores:
+def weight(
+    model: nn.Module | Chain,
+    data: Dataset | None = None,
+    batch_size: int = 0,
+    cost: Cost | None = None,
+) -> Scores:
     """(1/|w|) sum w^2 over a filter's weights, without its bias. The data play no part.
 
     Source: Molchanov et al. 2017, section 2.2, "Minimum weight".
     """
-    return {
-        layer: link.conv.weight.detach().cpu().double().square().flatten(1).mean(1)
-        for layer, link in links(model).items()
-    }
+    chain = read_chain(model)
+    weights = {layer: chain.model.get_submodule(layer).weight.detach() for layer in chain.links}
+    return {layer: w.cpu().double().square().flatten(1).mean(1) for layer, w in weights.items()}
 
 
-def random(model: nn.Module, data: Dataset | None = None, batch_size: int = 0) -> Scores:
+def random(
+    model: nn.Module | Chain,
+    data: Dataset | None = None,
+    batch_size: int = 0,
+    cost: Cost | None = None,
+) -> Scores:
     """Uniform random numbers in [0, 1): the control. ``torch.manual_seed`` sets them."""
     return {
-        layer: torch.rand(link.conv.out_channels, dtype=torch.float64)
-        for layer, link in links(model).items()
+        layer: torch.rand(filters, dtype=torch.float64)
+        for layer, filters in read_chain(model).filters().items()
     }
 
 
-def obd(model: nn.Module, data: Dataset, batch_size: int, seed: int = 0) -> Scores:
+def obd(
+    model: nn.Module | Chain,
+    data: Dataset,
+    batch_size: int,
+    cost: Cost | None = None,
+    seed: int = 0,
+) -> Scores:
     """(1/2) sum w^2 diag(H), over a filter's weights and bias: the second-order loss change.
 
     H is the Hessian of the mean loss. The diagonal is estimated, for each mini-batch once, as
@@ -195,32 +235,27 @@ def obd(model: nn.Module, data: Dataset, batch_size: int, seed: int = 0) -> Scor
 
     Source: LeCun, Denker, Solla 1990; Molchanov et al. 2017, section 2.2 and appendix.
     """
-    chain = links(model)
+    chain = read_chain(model)
     loader = batches(data, batch_size)
-    if not chain:
-        return {}
-    device = next(model.parameters()).device
+    device = device_of(chain.model)
     generator = torch.Generator().manual_seed(seed)
+    convs = {layer: chain.model.get_submodule(layer) for layer in chain.links}
     owners = [
         (layer, p)
-        for layer, link in chain.items()
-        for p in (link.conv.weight, link.conv.bias)
+        for layer, conv in convs.items()
+        for p in (conv.weight, conv.bias)
         if p is not None
     ]
     parameters = [p for _, p in owners]
     frozen = [p for p in parameters if not p.requires_grad]
-    totals = {
-        layer: torch.zeros(link.conv.out_channels, dtype=torch.float64)
-        for layer, link in chain.items()
-    }
+    totals = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in chain.filters().items()}
     try:
         for p in frozen:
             p.requires_grad_()
-        with training_flags(model), torch.enable_grad():
-            model.eval()
+        with evaluation(chain.model), torch.enable_grad():
             for images, labels in loader:
                 images, labels = images.to(device), labels.to(device)
-                loss = summed_loss(model(images), labels)
+                loss = summed_loss(outputs_of(chain.model, images), labels, cost)
                 signs = [
                     (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
                     for p in parameters
@@ -237,46 +272,45 @@ def obd(model: nn.Module, data: Dataset, batch_size: int, seed: int = 0) -> Scor
     return {layer: total / len(data) for layer, total in totals.items()}
 
 
-def oracle_abs(model: nn.Module, data: Dataset, batch_size: int) -> Scores:
-    """The absolute change of the loss when the filter is masked: what the criteria estimate.
-
-    Source: Molchanov et al. 2017, section 2.2, "Oracle pruning".
-    """
-    return {layer: change.abs() for layer, change in oracle(model, data, batch_size).items()}
-
-
-PER_EXAMPLE: dict[str, PerExample] = {
-    "taylor": taylor,
-    "taylor_abs_first": taylor_abs_first,
-    "taylor_squared": taylor_squared,
-    "activation_mean": activation_mean,
-    "apoz": apoz,
+CRITERIA: dict[str, PerExample | Criterion] = {
+    criterion.__name__: criterion
+    for criterion in (
+        taylor,
+        taylor_abs_first,
+        taylor_abs_last,
+        taylor_squared,
+        weight,
+        activation_mean,
+        activation_std,
+        apoz,
+        mutual_information,
+        obd,
+        random,
+        oracle,
+        oracle_abs,
+    )
 }
-
-CRITERIA: dict[str, Criterion] = {
-    "taylor": over_examples(taylor),
-    "taylor_abs_first": over_examples(taylor_abs_first),
-    "taylor_abs_last": taylor_abs_last,
-    "taylor_squared": over_examples(taylor_squared),
-    "weight": weight,
-    "activation_mean": over_examples(activation_mean, gradient=False),
-    "activation_std": activation_std,
-    "apoz": over_examples(apoz, gradient=False),
-    "mutual_information": mutual_information,
-    "obd": obd,
-    "random": random,
-    "oracle": oracle_abs,
-    "oracle_loss": oracle,
-}
+FORWARD_ONLY = (activation_mean, apoz)
+# These look at the weights, or at all examples at once; the others at one example and filter.
+WHOLE = (
+    taylor_abs_last,
+    weight,
+    activation_std,
+    mutual_information,
+    obd,
+    random,
+    oracle,
+    oracle_abs,
+)
 
 
-def find(criterion: str | PerExample) -> Criterion:
-    """Return the criterion of that name, or the mean over all examples of the function given.
+def find(criterion: str | PerExample) -> PerExample | Criterion:
+    """Return the criterion of that name, or the function given.
 
     Raises ``ValueError`` for an unknown name.
     """
     if callable(criterion):
-        return over_examples(criterion)
+        return criterion
     if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ValueError(
             f"There is no criterion {criterion!r}: use {', '.join(map(repr, CRITERIA))}, or a "
@@ -285,15 +319,42 @@ def find(criterion: str | PerExample) -> Criterion:
     return CRITERIA[criterion]
 
 
-def normalize(scores: Scores) -> Scores:
-    """Divide the scores of every layer, (K,), by their l2 norm, so that layers can be compared.
+def score(
+    chain: Chain,
+    data: Dataset | None,
+    criterion: str | PerExample,
+    batch_size: int,
+    cost: Cost | None = None,
+) -> Scores:
+    """Return the scores by ``criterion``, on the CPU, in the weights' dtype, at least float32.
 
-    A layer whose scores are all zero keeps its zeros.
-
-    Source: Molchanov et al. 2017, section 2.2.
+    Raises as ``filter_scores`` does.
     """
-    normalized = {}
-    for layer, values in scores.items():
-        norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares underflow in float32
-        normalized[layer] = (values.double() / norm).to(values.dtype) if norm > 0 else values
-    return normalized
+    found = check(chain, criterion, cost)
+    whole = found if found in WHOLE else over_examples(found)
+    return at_least_float32(chain, whole(chain, data, batch_size, cost))
+
+
+def check(
+    chain: Chain, criterion: str | PerExample, cost: Cost | None = None
+) -> PerExample | Criterion:
+    """Return the criterion, as ``find`` does, if it can be used for this network.
+
+    Raises ``TypeError`` if it needs a loss and the network puts out probabilities.
+    """
+    found = find(criterion)
+    if chain.softmax and cost is None and found not in (weight, random):
+        raise TypeError(
+            f"{chain.softmax} is a softmax that puts out probabilities, but cross-entropy takes "
+            "logits: leave it out of the network, or use nn.LogSoftmax."
+        )
+    return found
+
+
+def at_least_float32(chain: Chain, scores: Scores) -> Scores:
+    """``scores`` on the CPU in the dtype of each layer's weights, at least float32."""
+    dtypes = {layer: chain.model.get_submodule(layer).weight.dtype for layer in scores}
+    return {
+        layer: values.to("cpu", torch.promote_types(dtypes[layer], torch.float32))
+        for layer, values in scores.items()
+    }

@@ -15,9 +15,11 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     TensorDataset,
+    default_collate,
 )
 from torchvision.datasets import FashionMNIST
 
+from cnn_pruning.passes import integer
 from cnn_pruning.paths import ROOT
 
 CLASSES = tuple(FashionMNIST.classes)
@@ -78,15 +80,15 @@ def batches(
     ``dataset`` is any dataset of (image, label) with a length; a ``TensorDataset`` is fetched a
     whole batch at a time, which is much faster. The last batch may be smaller.
 
-    Raises ``TypeError`` for what isn't such a dataset, ``ValueError`` for an empty one or a
-    ``batch_size`` that isn't a positive integer.
+    Raises ``TypeError`` for what isn't such a dataset, at once or at its first item, and
+    ``ValueError`` for an empty one or a ``batch_size`` that isn't a positive integer.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive integer, but it is {batch_size!r}.")
+    batch_size = integer("batch_size", batch_size, 1)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        hint = ": hand in its .dataset" if isinstance(dataset, DataLoader) else ""
         raise TypeError(
             "The data must be a dataset of (image, label) with a length, a TensorDataset for "
-            f"example, but they are a {type(dataset).__name__}."
+            f"example, but they are a {type(dataset).__name__}{hint}."
         )
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: give at least one (image, label).")
@@ -97,9 +99,38 @@ def batches(
     # Without a generator of its own, a DataLoader draws from the caller's random numbers.
     own = torch.Generator()
     if type(dataset) is TensorDataset:  # a subclass may change the images one by one
+        _check_item(tuple(tensor[0] for tensor in dataset.tensors))
         sampler = BatchSampler(sampler, batch_size, drop_last=False)
         return DataLoader(dataset, sampler=sampler, batch_size=None, generator=own)
-    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, generator=own)
+    return DataLoader(
+        dataset, sampler=sampler, batch_size=batch_size, generator=own, collate_fn=_collate
+    )
+
+
+def image_shape(dataset: Dataset) -> tuple[int, ...]:
+    """Return the shape of the images of ``dataset``. Raises as ``batches`` does."""
+    images, _ = next(iter(batches(dataset, 1)))
+    return tuple(images.shape[1:])
+
+
+def _collate(items: list) -> list:
+    _check_item(items[0])
+    return default_collate(items)
+
+
+def _check_item(item: object) -> None:
+    """Raise ``TypeError`` unless ``item`` is (image, label), with the image as a tensor."""
+    found = f"a {type(item).__name__}"
+    if isinstance(item, tuple | list):
+        if len(item) == 2 and hasattr(item[0], "dtype"):
+            if not isinstance(item[1], str | bytes):
+                return
+        found = f"({', '.join(type(part).__name__ for part in item)})"
+    raise TypeError(
+        "Each item of the data must be (image, label), a tensor and an integer, but the first is "
+        f"{found}: use TensorDataset(images, labels), or a transform such as torchvision's "
+        "ToTensor, and number the classes."
+    )
 
 
 def _floats(pixels: Tensor, labels: Tensor) -> TensorDataset:

@@ -1,36 +1,42 @@
 """The feature maps of a network, and the gradients of the loss with respect to them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
-from cnn_pruning.chain import Link, links
+from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
-from cnn_pruning.training import summed_loss, training_flags
+from cnn_pruning.passes import Cost, device_of, evaluation, outputs_of, summed_loss
 
 Maps = dict[str, tuple[Tensor, Tensor | None]]
+"""(z, dC/dz) by name of convolution, both (N, K, M), for K filters at M positions."""
 
 
 def feature_maps(
-    model: nn.Module, data: Dataset, batch_size: int, gradient: bool = True
+    model: nn.Module | Chain,
+    data: Dataset,
+    batch_size: int,
+    gradient: bool = True,
+    cost: Cost | None = None,
 ) -> Iterator[tuple[Tensor, Maps]]:
-    """Yield, for every mini-batch, its labels (N,) and {layer: (z, dC/dz)} by name of convolution.
+    """Yield, for every mini-batch, its labels (N,) and (z, dC/dz) by name of convolution.
 
     z and dC/dz are (N, K, M), for K filters at M positions, in the model's dtype and on its device.
-    C is each example's own cross-entropy. Without ``gradient``, dC/dz is None and only a forward
-    pass is made.
+    C is each example's own cross-entropy, or its ``cost``. Without ``gradient``, dC/dz is None and
+    only a forward pass is made.
 
     The network runs in evaluation mode, and is as it was whenever a mini-batch is handed out.
     Raises ``TypeError`` if it isn't a chain, and ``ValueError`` for an empty dataset.
     """
-    chain = links(model)
+    chain = read_chain(model)
     loader = batches(data, batch_size)
-    if not chain:
+    if not chain.links:
         return
-    device = next(model.parameters()).device
+    device = device_of(chain.model)
     found: dict[str, Tensor] = {}
 
     def keep(layer: str, z: Tensor) -> None:
@@ -43,53 +49,91 @@ def feature_maps(
         with (
             torch.inference_mode(False),
             torch.set_grad_enabled(gradient),
-            training_flags(model),
+            evaluation(chain.model),
             on_feature_maps(chain, keep),
         ):
-            model.eval()
-            loss = summed_loss(model(images), labels)  # so each example has its own gradient
-            gradients = (
-                torch.autograd.grad(loss, list(found.values())) if gradient else [None] * len(found)
-            )
-        maps = {}
-        for (layer, z), slope in zip(found.items(), gradients, strict=True):
-            shape = (len(images), chain[layer].conv.out_channels, -1)
-            maps[layer] = (
-                z.detach().reshape(shape),
-                None if slope is None else slope.reshape(shape),
-            )
+            outputs = outputs_of(chain.model, images)
+            _check_found(chain, found)
+            gradients = [None] * len(found)
+            if gradient:  # of the sum, so that each example has its own
+                loss = summed_loss(outputs, labels, cost)
+                gradients = torch.autograd.grad(loss, list(found.values()))
+        filters = chain.filters()
+        yield (
+            labels,
+            {
+                layer: by_position(z, slope, filters[layer])
+                for (layer, z), slope in zip(found.items(), gradients, strict=True)
+            },
+        )
         found.clear()
-        yield labels, maps
+
+
+def by_position(z: Tensor, slope: Tensor | None, filters: int) -> tuple[Tensor, Tensor | None]:
+    """A feature map and its gradient as (N, K, M), without their history."""
+    shape = (len(z), filters, -1)
+    return z.detach().reshape(shape), None if slope is None else slope.reshape(shape)
+
+
+def _check_found(chain: Chain, found: dict[str, Tensor]) -> None:
+    lost = ", ".join(chain.links.keys() - found.keys())
+    if lost:
+        raise TypeError(
+            f"The feature maps of {lost} did not come by in a forward pass: remove hooks that "
+            "replace what a layer puts out."
+        )
 
 
 @contextmanager
-def on_feature_maps(
-    chain: Mapping[str, Link], act: Callable[[str, Tensor], Tensor | None]
-) -> Iterator[None]:
+def on_feature_maps(chain: Chain, act: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     """Call ``act(layer, feature map)`` in every forward pass; what it returns takes its place.
 
-    An activation module may stand behind several convolutions. So each convolution starts a count
-    of the layers that follow it, and the last of these puts out its feature map.
+    A network that was compiled runs uncompiled meanwhile: compiled, it has no place to look.
     """
-    names = {link.conv: layer for layer, link in chain.items()}
-    current, left = None, 0
+    follower = _Follower(act)
+    with ExitStack() as stack:
+        if any(module._compiled_call_impl for module in chain.model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer, link in chain.links.items():
+            conv = chain.model.get_submodule(layer)
+            handle = conv.register_forward_hook(follower.starts(layer, link.steps))
+            stack.callback(handle.remove)
+        yield stack.enter_context(follower)
 
-    def hook(module: nn.Module, _: tuple, output: Tensor) -> Tensor | None:
-        nonlocal current, left
-        if module in names:
-            current = names[module]
-            left = len(chain[current].followers)
-        elif current is not None:
-            left -= 1
-        if current is not None and left == 0:
-            layer, current = current, None
-            return act(layer, output)
-        return None
 
-    modules = {m for link in chain.values() for m in (link.conv, *link.followers)}
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+class _Follower(TorchFunctionMode):
+    """Follows the output of a convolution from operation to operation up to its feature map.
+
+    In a chain, each operation takes what the one before put out, so a count is enough.
+    """
+
+    def __init__(self, act: Callable[[str, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.act = act
+        self.layer: str | None = None
+        self.at: Tensor | None = None
+        self.left = 0
+
+    def starts(self, layer: str, steps: int) -> Callable:
+        def hook(conv: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            self.layer, self.at, self.left = layer, output, steps
+            return self._arrived(output)
+
+        return hook
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if self.at is None or not isinstance(output, Tensor):
+            return output
+        if not any(value is self.at for value in (*args, *kwargs.values())):
+            return output
+        self.at, self.left = output, self.left - 1
+        return self._arrived(output)
+
+    def _arrived(self, output: Tensor) -> Tensor:
+        if self.left:
+            return output
+        layer, self.at = self.layer, None
+        replaced = self.act(layer, output)
+        return output if replaced is None else replaced

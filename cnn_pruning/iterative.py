@@ -2,23 +2,28 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from cnn_pruning import criteria
-from cnn_pruning.chain import links
-from cnn_pruning.data import batches
-from cnn_pruning.feature_maps import on_feature_maps
+from cnn_pruning.chain import Chain, read_chain
+from cnn_pruning.criteria import MeanOverExamples, PerExample
+from cnn_pruning.data import batches, image_shape
+from cnn_pruning.feature_maps import by_position, on_feature_maps
 from cnn_pruning.measure import count_macs, count_parameters
+from cnn_pruning.passes import integer
 from cnn_pruning.progress import progress
-from cnn_pruning.pruner import Scores, TaylorPruner, filter_scores, remove_filters
-from cnn_pruning.training import check_labels, check_settings, evaluate, training_flags
+from cnn_pruning.pruner import remove
+from cnn_pruning.scores import Filters, Scores, normalize, select_filters, spare_filters
+from cnn_pruning.training import check_settings, check_trainable, evaluate, in_training, update
+
+Rescore = Callable[[nn.Module, Scores], Scores]
+"""(network as it is now, its scores) to the scores that are compared."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,9 @@ class Step:
 
     model: nn.Module
     """The network as it is now; the next step trains a copy of it."""
-    removed: dict[str, list[int]]
+    removed: Filters
     """What this step removed, by layer: indices of the *original* network."""
-    kept: dict[str, list[int]]
+    kept: Filters
     """What remains, by layer: indices of the original network, in the order of the filters."""
     filters: int
     parameters: int
@@ -48,116 +53,105 @@ def prune_iteratively(
     macs: int | None = None,
     per_step: int = 1,
     updates: int = 30,
-    score_batches: int | None = None,
+    criterion: str | PerExample = "taylor",
+    rescore: Rescore = lambda network, scores: normalize(scores),
+    min_filters: int = 1,
+    keep: Iterable[str] = (),
     batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
-    criterion: str | criteria.PerExample = "taylor",
-    image_shape: tuple[int, int, int] = (1, 28, 28),
-    **options,
 ) -> Iterator[Step]:
     """Alternate ``updates`` of training with removing the ``per_step`` lowest filters.
 
     Goes on until no more than ``filters``, ``parameters`` or ``macs`` (one of them) remain, and
-    yields a ``Step`` after every removal. ``model`` is never changed. Whoever stops early has, in
-    the last step, a network that works; a last fine-tuning is left to the caller.
+    yields a ``Step`` after every removal. ``model`` is never changed. If you stop early, the last
+    step has a network that works; a last fine-tuning is left to you.
 
-    The updates are Adam's, on mini-batches of ``batch_size`` from ``train`` in an order that
-    ``seed`` draws, at the constant rate ``lr``. After each removal the optimizer is a new one: to
-    carry Adam's moments of the surviving weights over made no difference that trials could show.
+    The updates are Adam's, as in ``fit``, on mini-batches of ``batch_size`` from ``train`` in an
+    order that ``seed`` draws, at the constant rate ``lr``. After each removal the optimizer is a
+    new one: trials showed no gain from keeping Adam's moments of the surviving weights.
 
     The filters are scored by ``criterion`` in the passes of these updates, as in the paper, at no
-    extra cost, if it is a mean over examples (``criteria.PER_EXAMPLE``, or a function). Otherwise,
-    with ``score_batches``, or without updates, they are scored after the updates, on that many
-    random mini-batches (on all of ``train``, if None). ``options`` are those of ``TaylorPruner``.
+    extra cost, if it is a function of one example's feature map. Otherwise, or without updates,
+    they are scored on all of ``train`` after the updates. What is compared is
+    ``rescore(network, scores)``: normalized scores, unless you want to subtract a cost, to compute
+    other scores, or to leave out layers that may lose nothing at this step. ``min_filters`` and
+    ``keep`` are those of ``select_filters``.
 
     Raises ``ValueError`` for a target that can't be reached or settings out of range, and
     ``TypeError`` if the network isn't a chain, all at the first step, before anything is trained.
 
     Source: Molchanov et al. 2017, Figure 1 and section 2.
     """
-    targets = {"filters": filters, "parameters": parameters, "macs": macs}
-    targets = {name: value for name, value in targets.items() if value is not None}
-    if len(targets) != 1:
+    name, target = _target(filters=filters, parameters=parameters, macs=macs)
+    per_step = integer("per_step", per_step, 1)
+    updates = integer("updates", updates, 0)
+    _, lr, seed = check_settings(1, lr, seed)
+    chain = read_chain(model)
+    found = criteria.check(chain, criterion)
+    on_the_way = found if updates and found not in criteria.WHOLE else None
+    keep = [keep] if isinstance(keep, str) else list(keep)
+    spare = spare_filters(chain.filters(), min_filters, keep)
+    shape = image_shape(train)
+    least = _sizes(chain.of(remove(chain, {k: range(n) for k, n in spare.items()})), shape)[name]
+    if target < least:
         raise ValueError(
-            "Name one target, filters, parameters or macs, not "
-            f"{' and '.join(targets) if targets else 'none'}."
+            f"The network can't get down to {target} {name}: with min_filters={min_filters} it "
+            f"keeps at least {least}."
         )
-    for name, value in {"per_step": per_step, **targets}.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a positive integer, but it is {value!r}.")
-    if type(updates) is not int or updates < 0:
-        raise ValueError(f"updates must be an integer of 0 or more, but it is {updates!r}.")
-    if score_batches is not None and (type(score_batches) is not int or score_batches < 1):
-        raise ValueError(f"score_batches must be a positive integer, but it is {score_batches!r}.")
-    check_settings(1, lr, seed)
-    on_the_way = None
-    if updates and score_batches is None:
-        on_the_way = criterion if callable(criterion) else criteria.PER_EXAMPLE.get(criterion)
-    ((name, target),) = targets.items()
-    pruner = TaylorPruner(model, criterion, **options)
-    _check_target(pruner, name, target, image_shape)
     evaluate(model, val)  # raises, if it must, before anything is trained
+    if updates:
+        check_trainable(model, train, batch_size)
 
-    generator = torch.Generator().manual_seed(seed)
-    stream = _endless(batches(train, batch_size, generator))
-    network = model
-    sizes = _sizes(network, image_shape)
-    kept = {layer: list(range(link.conv.out_channels)) for layer, link in links(model).items()}
-    removable = sum(max(0, len(filters) - pruner.min_filters) for filters in kept.values())
-    with progress(removable, "pruning") as advance:
+    stream = _endless(batches(train, batch_size, torch.Generator().manual_seed(seed)))
+    sizes = _sizes(chain, shape)
+    kept = {layer: list(range(count)) for layer, count in chain.filters().items()}
+    with progress(sum(spare.values()), "pruning") as advance:
         while sizes[name] > target:
-            network = copy.deepcopy(network)
-            scores = _train(network, islice(stream, updates), lr, seed, on_the_way)
+            chain = chain.of(copy.deepcopy(chain.model))
+            scores = _train(chain, islice(stream, updates), lr, seed, on_the_way)
             if on_the_way is None:
-                some = train
-                if score_batches is not None:
-                    size = min(len(train), score_batches * batch_size)
-                    some = Subset(train, torch.randperm(len(train), generator=generator)[:size])
-                scores = filter_scores(network, some, criterion)
-            pruner = TaylorPruner(network, criterion, **options)
-            pruner.scores = scores
-            room = sum(max(0, len(values) - pruner.min_filters) for values in scores.values())
+                scores = criteria.score(chain, train, criterion, batch_size=128)
+            scores = rescore(chain.model, scores)
+            room = sum(spare_filters(chain.filters(), min_filters, keep).values())
             count = min(per_step, room, sizes[name] - target if name == "filters" else room)
-            chosen = pruner.select(count)
-            network = remove_filters(network, chosen)
-            sizes = _sizes(network, image_shape)
-            removed = {layer: [kept[layer][k] for k in ks] for layer, ks in chosen.items()}
+            chosen = select_filters(scores, count, min_filters, [k for k in keep if k in scores])
+            chain = chain.of(remove(chain, chosen))
+            sizes = _sizes(chain, shape)
+            removed = {layer: [kept[layer][k] for k in chosen.get(layer, [])] for layer in kept}
             kept = {
-                layer: [k for k in filters if k not in removed[layer]]
-                for layer, filters in kept.items()
+                layer: [k for k in indices if k not in removed[layer]]
+                for layer, indices in kept.items()
             }
             for _ in range(count):
                 advance()
-            val_loss, val_accuracy = evaluate(network, val)
+            val_loss, val_accuracy = evaluate(chain.model, val)
             yield Step(
-                network,
+                chain.model,
                 removed,
-                {layer: list(filters) for layer, filters in kept.items()},
+                {layer: list(indices) for layer, indices in kept.items()},
                 **sizes,
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
             )
 
 
-def _check_target(pruner: TaylorPruner, name: str, target: int, image_shape: tuple) -> None:
-    spare = {
-        layer: range(max(0, link.conv.out_channels - pruner.min_filters))
-        for layer, link in links(pruner.model).items()
-    }
-    least = _sizes(remove_filters(pruner.model, spare), image_shape)[name]
-    if target < least:
+def _target(**targets: int | None) -> tuple[str, int]:
+    named = {name: value for name, value in targets.items() if value is not None}
+    if len(named) != 1:
         raise ValueError(
-            f"The network can't get down to {target} {name}: with "
-            f"min_filters={pruner.min_filters} it keeps at least {least}."
+            "Name one target, filters, parameters or macs, not "
+            f"{' and '.join(named) if named else 'none'}."
         )
+    ((name, value),) = named.items()
+    return name, integer(name, value, 1)
 
 
-def _sizes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int]:
+def _sizes(chain: Chain, image_shape: tuple[int, ...]) -> dict[str, int]:
     return {
-        "filters": sum(link.conv.out_channels for link in links(model).values()),
-        "parameters": count_parameters(model),
-        "macs": count_macs(model, image_shape),
+        "filters": sum(chain.filters().values()),
+        "parameters": count_parameters(chain.model),
+        "macs": count_macs(chain.model, image_shape),
     }
 
 
@@ -167,48 +161,41 @@ def _endless(loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _train(
-    model: nn.Module,
+    chain: Chain,
     stream: Iterator[tuple[Tensor, Tensor]],
     lr: float,
     seed: int,
-    per_example: criteria.PerExample | None,
+    per_example: PerExample | None,
 ) -> Scores:
     """Train in place on the mini-batches of ``stream``; return scores from the same passes."""
-    device = next(model.parameters()).device
-    chain = links(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr)
+    optimizer = torch.optim.Adam(chain.model.parameters(), lr)
+    filters = chain.filters()
+    mean = MeanOverExamples(per_example)
     maps: dict[str, Tensor] = {}
-    totals: Scores = {}
-    seen = 0
 
     def keep(layer: str, z: Tensor) -> None:
-        z.retain_grad()
+        if z.requires_grad:
+            z.retain_grad()
+        else:  # all that lies before it is frozen
+            z.requires_grad_()
         maps[layer] = z
 
-    with (
-        training_flags(model),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        on_feature_maps(chain if per_example else {}, keep),
-    ):
-        torch.manual_seed(seed)  # for dropout
-        model.train()
+    watched = chain if per_example else replace(chain, links={})
+    with in_training(chain.model, seed), on_feature_maps(watched, keep):
         for images, labels in stream:
-            images, labels = images.to(device), labels.to(device)
-            logits = model(images)
-            check_labels(logits, labels)
-            loss = cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"The loss is {loss.item()}: use an lr lower than {lr}.")
-            for layer, z in maps.items():
-                shape = (len(images), chain[layer].conv.out_channels, -1)
-                slope = z.grad * len(images)  # of each example's own loss
-                score = per_example(z.detach().reshape(shape), slope.reshape(shape))
-                total = score.cpu().sum(0, dtype=torch.float64)
-                totals[layer] = totals[layer] + total if layer in totals else total
+            loss = update(chain.model, optimizer, images, labels)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss is {loss}: use an lr lower than {lr}.")
+            if per_example:
+                mean.add(
+                    {  # the gradient of each example's own loss, not of the mean
+                        layer: by_position(_exact(z), _exact(z.grad) * len(z), filters[layer])
+                        for layer, z in maps.items()
+                    }
+                )
             maps.clear()
-            seen += len(images)
-            optimizer.step()
-    model.zero_grad()
-    return {layer: total / seen for layer, total in totals.items()}
+    return mean.scores()
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cnn_pruning.training import training_flags
+from cnn_pruning.model import CNN
+from cnn_pruning.passes import evaluation, integer, outputs_of
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -17,10 +18,15 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (1, 28, 28)) -> int:
-    """Return the multiply-adds of one forward pass over one image; biases are not counted."""
-    with FlopCounterMode(display=False) as counter, training_flags(model), torch.no_grad():
-        model.eval()(_images(model, 1, image_shape))
+def count_macs(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> int:
+    """Return the multiply-adds of one forward pass over one image; biases are not counted.
+
+    ``image_shape`` is (channels, height, width); a ``CNN`` knows its own. Raises ``ValueError``
+    if it is missing, or if the network can't take such an image.
+    """
+    images = _images(model, 1, image_shape)
+    with FlopCounterMode(display=False) as counter, evaluation(model), torch.no_grad():
+        outputs_of(model, images)
     return counter.get_total_flops() // 2
 
 
@@ -28,21 +34,22 @@ def latency(
     *models: nn.Module,
     batch_size: int,
     repeats: int = 30,
-    image_shape: tuple[int, int, int] = (1, 28, 28),
+    image_shape: tuple[int, ...] | None = None,
 ) -> list[tuple[float, float, float]]:
     """Return the median and the quartiles of the milliseconds that a forward pass takes.
 
     For each model (median, first quartile, third quartile) over ``repeats`` passes of
     ``batch_size`` random images, after five that are not counted. Measured are copies in
-    evaluation mode with their convolutions laid out channels last, as ``fit`` leaves them: other
-    layouts take other times. They take turns in random order, so that what else the machine does,
-    and what the pass before left in the memory, slows all of them alike.
+    evaluation mode. They take turns in random order, so that what else the machine does, and what
+    the pass before left in the memory, slows all of them alike. ``image_shape`` is as in
+    ``count_macs``.
 
     On Linux, large batches are measured reliably only if the C library keeps their buffers from
     pass to pass: set MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to 1000000000 beforehand.
     """
+    repeats = integer("repeats", repeats, 2)
     images = [_images(model, batch_size, image_shape) for model in models]
-    networks = [copy.deepcopy(m).eval().to(memory_format=torch.channels_last) for m in models]
+    networks = [copy.deepcopy(model).eval() for model in models]
     times: list[list[float]] = [[] for _ in models]
     turns = list(zip(networks, images, times, strict=True))
     shuffle = random.Random(0).shuffle
@@ -59,10 +66,19 @@ def latency(
     return [(median, first, third) for first, median, third in quartiles]
 
 
-def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, int, int]) -> torch.Tensor:
-    parameter = next(model.parameters())
+def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, ...] | None) -> torch.Tensor:
+    if image_shape is None and isinstance(model, CNN):
+        image_shape = model.IMAGE_SHAPE
+    if not isinstance(image_shape, tuple | list):
+        raise ValueError(
+            "image_shape must be (channels, height, width) of the network's images, (3, 32, 32) "
+            f"for example, but it is {image_shape!r}."
+        )
+    sizes = [integer("image_shape", size, 1) for size in image_shape]
+    batch_size = integer("batch_size", batch_size, 1)
+    parameter = next(model.parameters(), torch.empty(0))
     own = torch.Generator().manual_seed(0)  # the caller's random numbers stay untouched
-    return torch.rand(batch_size, *image_shape, generator=own).to(parameter)
+    return torch.rand(batch_size, *sizes, generator=own).to(parameter)
 
 
 def costs(*models: nn.Module) -> list[dict[str, int | float]]:

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from cnn_pruning.passes import integer
+
 
 class CNN(nn.Module):
     """Convolutions of 3x3 with ReLU, then one linear layer, all in ``self.network``.
@@ -17,15 +19,15 @@ class CNN(nn.Module):
     Raises ``ValueError`` if ``channels`` isn't a sequence of positive integers.
     """
 
+    IMAGE_SHAPE = (1, 28, 28)
+
     def __init__(self, channels: Sequence[int] = (8, 16)) -> None:
         super().__init__()
         if not isinstance(channels, Sequence):
             raise ValueError(f"channels must be a sequence of integers, but it is {channels!r}.")
-        channels = tuple(channels)
-        if not channels or not all(type(width) is int and width > 0 for width in channels):
-            raise ValueError(
-                f"channels must be one or more positive integers, but they are {channels}."
-            )
+        if not channels:
+            raise ValueError("channels must be one or more positive integers, but there are none.")
+        channels = tuple(integer("channels", width, 1) for width in channels)
         layers = []
         for before, after in pairwise((1, *channels)):
             layers += [nn.Conv2d(before, after, kernel_size=3, padding=1), nn.ReLU()]

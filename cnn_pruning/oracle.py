@@ -1,62 +1,78 @@
 """The truth that the criteria estimate: what removing each filter does to the loss."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
 
-from cnn_pruning.chain import layers, links
+from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
-from cnn_pruning.training import summed_loss, training_flags
+from cnn_pruning.passes import Cost, device_of, evaluation, outputs_of, summed_loss
+from cnn_pruning.scores import Scores
 
 
 @torch.no_grad()
-def oracle(model: nn.Module, data: Dataset, batch_size: int = 100) -> dict[str, Tensor]:
+def oracle(
+    model: nn.Module | Chain, data: Dataset, batch_size: int = 100, cost: Cost | None = None
+) -> Scores:
     """Return the change of the mean cross-entropy (nats) when each filter is masked alone.
 
     By name of convolution, float64 (K,) on the CPU, positive where the loss rises: the paper's
-    *oracle-loss*; its absolute value is *oracle-abs*. Exact, up to rounding, for any chain network.
+    *oracle-loss*. Exact, up to rounding, for any chain network. With ``cost``, it is the change of
+    the mean of ``cost(outputs, labels)``, (N,).
 
-    Only the layers behind a filter are computed again. Where that is a linear layer, the filter's
+    Only what comes behind a filter is computed again. Where that is a linear layer, the filter's
     part of its output is subtracted, which costs no more for all filters than the layer does once.
 
     Raises ``TypeError`` if the network isn't a chain, ``ValueError`` for an empty dataset.
 
     Source: Molchanov et al. 2017, section 2.2, "Oracle pruning".
     """
-    chain = links(model)
-    order = [layer for _, layer in layers(model)]
-    starts = {name: order.index(link.consumer) for name, link in chain.items()}
-    device = next(model.parameters()).device
+    chain = read_chain(model)
+    device = device_of(chain.model)
     change = {
-        name: torch.zeros(link.conv.out_channels, dtype=torch.float64)
-        for name, link in chain.items()
+        layer: torch.zeros(filters, dtype=torch.float64)
+        for layer, filters in chain.filters().items()
     }
-    with training_flags(model):
-        model.eval()
+    run = fx.Interpreter(chain.model, garbage_collect_values=False, graph=chain.graph)
+    nodes = list(chain.graph.nodes)
+    places = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
+    with evaluation(chain.model):
         for images, labels in batches(data, batch_size):
-            x, labels = images.to(device), labels.to(device)
-            inputs = []  # of each layer, and last the logits
-            for layer in order:
-                inputs.append(x)
-                x = layer(x.clone() if getattr(layer, "inplace", False) else x)
-            base = summed_loss(x, labels).cpu().double()
-            for name, start in starts.items():
-                rest = order[start + 1 :]
-                output = inputs[start + 1] if rest else x
-                for k in range(len(change[name])):
-                    y = _without(order[start], inputs[start], output, k, len(change[name]))
-                    for layer in rest:
-                        y = layer(y)
-                    masked = summed_loss(y, labels).cpu().double()
-                    change[name][k] += masked - base
-    return {name: total / len(data) for name, total in change.items()}
+            images, labels = images.to(device), labels.to(device)
+            outputs = outputs_of(chain.model, images, run.run)
+            base = summed_loss(outputs, labels, cost).cpu().double()
+            values = run.env
+            for layer, link in chain.links.items():
+                before = {node: values[node] for node in nodes[: places[link.consumer]]}
+                consumer = nodes[places[link.consumer]]
+                x = values[consumer.all_input_nodes[0]]
+                for k, y in enumerate(_without_each(chain, link.consumer, x, len(change[layer]))):
+                    masked = run.run(initial_env=before | {consumer: y})
+                    change[layer][k] += summed_loss(masked, labels, cost).cpu().double() - base
+    return {layer: total / len(data) for layer, total in change.items()}
 
 
-def _without(consumer: nn.Module, x: Tensor, output: Tensor, k: int, filters: int) -> Tensor:
-    """What ``consumer`` puts out for ``x`` with filter ``k`` masked; ``output`` is that without."""
+def oracle_abs(
+    model: nn.Module | Chain, data: Dataset, batch_size: int = 100, cost: Cost | None = None
+) -> Scores:
+    """The absolute value of ``oracle``: the paper's *oracle-abs*, which the criteria estimate.
+
+    Source: Molchanov et al. 2017, section 2.2, "Oracle pruning".
+    """
+    return {layer: v.abs() for layer, v in oracle(model, data, batch_size, cost).items()}
+
+
+def _without_each(chain: Chain, name: str, x: Tensor, filters: int):
+    """What the consumer puts out for ``x``, (N, K, H, W) or (N, K M), with each filter masked."""
+    consumer = chain.model.get_submodule(name)
     if isinstance(consumer, nn.Linear):
-        block = consumer.weight.unflatten(1, (filters, -1))[:, k]
-        return output - x.unflatten(1, (filters, -1))[:, k] @ block.T
-    masked = x.clone()
-    masked[:, k] = 0
-    return consumer(masked)
+        whole = consumer(x)
+        parts = x.unflatten(1, (filters, -1))
+        blocks = consumer.weight.unflatten(1, (filters, -1))
+        for k in range(filters):
+            yield whole - parts[:, k] @ blocks[:, k].T
+    else:
+        for k in range(filters):
+            masked = x.clone()
+            masked[:, k] = 0
+            yield consumer(masked)

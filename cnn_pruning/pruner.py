@@ -1,28 +1,28 @@
-"""Score the filters of a network, mask them, remove them."""
+"""Score the filters of a network, mask them, remove them: the method, step by step."""
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import index
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cnn_pruning import criteria
-from cnn_pruning.chain import Link, links
+from cnn_pruning import criteria, scores
+from cnn_pruning.chain import Chain, Link, read_chain
+from cnn_pruning.criteria import PerExample
 from cnn_pruning.feature_maps import on_feature_maps
-
-Scores = dict[str, Tensor]
-Filters = Mapping[str, Iterable[int]]
+from cnn_pruning.passes import Cost, index
+from cnn_pruning.scores import Filters, Scores, select_filters, spare_filters
 
 
 def filter_scores(
     model: nn.Module,
     data: Dataset,
-    criterion: str | criteria.PerExample = "taylor",
+    criterion: str | PerExample = "taylor",
     batch_size: int = 128,
+    cost: Cost | None = None,
 ) -> Scores:
     """Return the score of every filter by ``criterion``, on ``data``.
 
@@ -32,29 +32,28 @@ def filter_scores(
     left out.
 
     ``criterion`` is a name in ``criteria.CRITERIA``, or a function of (feature map, gradient), both
-    (N, filters, positions), that returns (N, filters): its mean over all examples is the score. The
-    gradient is that of each example's own cross-entropy. ``data`` is any dataset of
-    (image, label). A function, and ``"taylor"``, take one forward and one backward pass over it.
+    (N, filters, positions), that returns (N, filters): its mean over all examples is the score.
+    ``data`` is any dataset of (image, label). A function, and ``"taylor"``, take one forward and
+    one backward pass over it.
+
+    The gradient is that of each example's own cross-entropy: the network returns logits
+    (N, classes), and the labels are integers. With ``cost``, a function of (outputs, labels) that
+    returns (N,), it is that of each example's own cost, and both may have any shape.
 
     The network runs in evaluation mode and is left as it was: no ``.grad``, hook or flag changes.
     Neither ``batch_size`` nor the order of the examples changes the result beyond rounding (of
     ``"obd"``, which estimates by random draws, see there).
 
-    Raises ``TypeError`` if the network isn't a chain, ``ValueError`` for an unknown criterion or
-    an empty dataset.
+    Raises ``TypeError`` if the network isn't a chain or ends in a softmax, ``ValueError`` for an
+    unknown criterion, an empty dataset, or data that the network can't take.
 
     Source: Molchanov et al. 2017, section 2.2.
     """
-    scores = criteria.find(criterion)(model, data, batch_size)
-    dtypes = {layer: model.get_submodule(layer).weight.dtype for layer in scores}
-    return {
-        layer: values.to("cpu", torch.promote_types(dtypes[layer], torch.float32))
-        for layer, values in scores.items()
-    }
+    return criteria.score(read_chain(model), data, criterion, batch_size, cost)
 
 
 @contextmanager
-def mask_filters(model: nn.Module, filters: Filters) -> Iterator[nn.Module]:
+def mask_filters(model: nn.Module, filters: Mapping[str, Iterable[int]]) -> Iterator[nn.Module]:
     """Force the feature maps of ``filters`` to zero for as long as the block runs.
 
     ``filters`` maps names of convolutions to indices of their filters. Nothing is removed and no
@@ -62,13 +61,14 @@ def mask_filters(model: nn.Module, filters: Filters) -> Iterator[nn.Module]:
 
     Source: the gate g of Molchanov et al. 2017, Eq. 2.
     """
-    chain = links(model)
+    chain = read_chain(model)
     masked = _checked(chain, filters)
+    widths = chain.filters()
 
     def zero(layer: str, z: Tensor) -> Tensor | None:
         if not masked.get(layer):
             return None
-        channels = z.reshape(len(z), chain[layer].conv.out_channels, -1)
+        channels = z.reshape(len(z), widths[layer], -1)
         where = torch.tensor(masked[layer], device=z.device)
         return channels.index_fill(1, where, 0).reshape(z.shape)
 
@@ -76,7 +76,7 @@ def mask_filters(model: nn.Module, filters: Filters) -> Iterator[nn.Module]:
         yield model
 
 
-def remove_filters(model: nn.Module, filters: Filters) -> nn.Module:
+def remove_filters(model: nn.Module, filters: Mapping[str, Iterable[int]]) -> nn.Module:
     """Return a copy of ``model`` without ``filters``; ``model`` itself is untouched.
 
     ``filters`` maps names of convolutions to indices of their filters. With a filter go its weights
@@ -87,38 +87,39 @@ def remove_filters(model: nn.Module, filters: Filters) -> nn.Module:
     ``ValueError`` for a layer that can't be pruned, an index out of range or given twice, or if a
     layer would lose all its filters.
     """
-    chain = links(model)
+    return remove(read_chain(model), filters)
+
+
+def remove(chain: Chain, filters: Mapping[str, Iterable[int]]) -> nn.Module:
+    """``remove_filters`` for a network that has been read: ``chain.of`` its result is its chain."""
     removed = _checked(chain, filters)
+    widths = chain.filters()
     for layer, indices in removed.items():
-        if len(indices) == chain[layer].conv.out_channels:
+        if len(indices) == widths[layer]:
             raise ValueError(
                 f"{layer} would lose all of its {len(indices)} filters: leave at least one."
             )
     with torch.inference_mode(False):  # else the copy couldn't be trained
-        model = copy.deepcopy(model)
+        model = copy.deepcopy(chain.model)
         model.zero_grad()
-        chain = links(model)
         for layer, indices in removed.items():
             if indices:
-                _remove(chain[layer], indices)
+                kept = [k for k in range(widths[layer]) if k not in indices]
+                _keep(model, chain.links[layer], widths[layer], kept)
     return model
 
 
 class TaylorPruner:
     """Scores the filters of ``model``, selects the lowest over all layers, and removes them.
 
-    ``criterion`` is as in ``filter_scores``. ``normalize`` divides the scores of each layer by
-    their l2 norm before layers are compared. Every layer keeps at least ``min_filters``. The model
-    is never changed.
-
-    With ``cost``, a function of the model that returns what one filter of each layer costs
-    (``cnn_pruning.savings`` has some), ``cost_weight`` times that is subtracted from the scores:
-    the paper's regularization, with lambda = ``cost_weight``.
+    A shell over ``filter_scores``, ``select_filters`` and ``remove_filters``. ``criterion`` and
+    ``cost`` are as in the first, ``min_filters`` and ``keep`` as in the second; with ``normalize``,
+    the scores are normalized by layer before they are compared. The model is never changed.
 
     ``scores`` holds the last scores, as ``filter_scores`` returns them, or None.
 
-    Raises ``ValueError`` for an unknown criterion, ``min_filters`` below 1 or a ``cost_weight``
-    that isn't finite or has no ``cost``, and ``TypeError`` if the network isn't a chain.
+    Raises ``ValueError`` for an unknown criterion, ``min_filters`` below 1 or an unknown layer in
+    ``keep``, and ``TypeError`` if the network isn't a chain or ends in a softmax.
 
     Source: Molchanov et al. 2017, section 2; removal here is in one shot.
     """
@@ -126,28 +127,21 @@ class TaylorPruner:
     def __init__(
         self,
         model: nn.Module,
-        criterion: str | criteria.PerExample = "taylor",
+        criterion: str | PerExample = "taylor",
         normalize: bool = True,
         min_filters: int = 1,
-        cost: Callable[[nn.Module], Mapping[str, float]] | None = None,
-        cost_weight: float = 0.0,
+        keep: Iterable[str] = (),
+        cost: Cost | None = None,
     ) -> None:
-        if not math.isfinite(cost_weight) or (cost_weight and cost is None):
-            raise ValueError(
-                f"cost_weight={cost_weight!r} must be a finite number, and 0 without a cost."
-            )
-        if type(min_filters) is not int or min_filters < 1:
-            raise ValueError(
-                f"min_filters must be an integer of 1 or more, but it is {min_filters!r}."
-            )
-        links(model)
+        chain = read_chain(model)
+        criteria.check(chain, criterion, cost)
+        self.keep = [keep] if isinstance(keep, str) else list(keep)
+        spare_filters(chain.filters(), min_filters, self.keep)
         self.model = model
-        criteria.find(criterion)
         self.criterion = criterion
         self.normalize = normalize
         self.min_filters = min_filters
         self.cost = cost
-        self.cost_weight = cost_weight
         self.scores: Scores | None = None
 
     def score(self, data: Dataset, batch_size: int = 128) -> Scores:
@@ -155,48 +149,18 @@ class TaylorPruner:
 
         Raises as ``filter_scores`` does; the scores from before are kept then.
         """
-        self.scores = filter_scores(self.model, data, self.criterion, batch_size)
+        self.scores = filter_scores(self.model, data, self.criterion, batch_size, self.cost)
         return self.scores
 
-    def select(self, n: int) -> dict[str, list[int]]:
+    def select(self, n: int) -> Filters:
         """Return the ``n`` filters with the lowest scores: for every layer, sorted indices.
 
-        Equal scores go by layer, then by index. Raises ``RuntimeError`` before ``score``, and
-        ``ValueError`` if exactly ``n`` filters can't be taken or a score isn't finite.
+        Raises ``RuntimeError`` before ``score``, and as ``select_filters`` does.
         """
         if self.scores is None:
             raise RuntimeError("There are no scores yet: call score(data) first.")
-        for layer, values in self.scores.items():
-            if not values.isfinite().all():
-                raise ValueError(
-                    f"{layer} has scores that are not finite ({values.tolist()}): check the "
-                    "network's weights and the images."
-                )
-        spare = {
-            layer: max(0, len(values) - self.min_filters) for layer, values in self.scores.items()
-        }
-        if type(n) is not int or not 0 <= n <= sum(spare.values()):
-            room = ", ".join(f"{count} of {layer}" for layer, count in spare.items())
-            raise ValueError(
-                f"Can't remove {n!r} filters: with min_filters={self.min_filters} it must be an "
-                f"integer from 0 to {sum(spare.values())} ({room})."
-            )
-        scores = criteria.normalize(self.scores) if self.normalize else self.scores
-        costs = self.cost(self.model) if self.cost_weight else {}
-        ranking = sorted(
-            (
-                (value - self.cost_weight * costs.get(layer, 0), layer, k)
-                for layer in scores
-                for k, value in enumerate(scores[layer].tolist())
-            ),
-            key=lambda entry: entry[0],  # a stable sort: ties stay in the order of the layers
-        )
-        selected: dict[str, list[int]] = {layer: [] for layer in scores}
-        for _, layer, k in ranking:
-            if n and len(selected[layer]) < spare[layer]:
-                selected[layer].append(k)
-                n -= 1
-        return {layer: sorted(indices) for layer, indices in selected.items()}
+        compared = scores.normalize(self.scores) if self.normalize else self.scores
+        return select_filters(compared, n, self.min_filters, self.keep)
 
     def prune(self, n: int) -> nn.Module:
         """Return a new network without the ``n`` filters that ``select(n)`` names.
@@ -206,25 +170,29 @@ class TaylorPruner:
         return remove_filters(self.model, self.select(n))
 
 
-def _checked(chain: Mapping[str, Link], filters: Filters) -> dict[str, list[int]]:
+def _checked(chain: Chain, filters: Mapping[str, Iterable[int]]) -> Filters:
     """``filters`` as sorted lists of integers, or a ``ValueError`` that says what is wrong."""
+    if not isinstance(filters, Mapping):
+        raise TypeError(
+            f"The filters must be {{layer: [indices]}}, but they are a {type(filters).__name__}."
+        )
     checked = {}
+    widths = chain.filters()
     for layer, indices in filters.items():
-        if layer not in chain:
-            prunable = ", ".join(map(repr, chain)) or "none"
+        if layer not in widths:
+            prunable = ", ".join(map(repr, widths)) or "none"
             raise ValueError(
                 f"{layer!r} is not a layer whose filters can go: those are {prunable}."
             )
         try:
-            indices = list(indices)
-            if any(isinstance(k, bool) or getattr(k, "dtype", None) == torch.bool for k in indices):
-                raise TypeError  # a mask, not indices
+            # One more than there are is enough to see a name twice, and an endless list ends.
+            indices = list(itertools.islice(indices, widths[layer] + 1))
             checked[layer] = sorted(index(k) for k in indices)
         except TypeError:
             raise ValueError(
                 f"The filters of {layer} must be a list of integers, but they are {indices!r}."
             ) from None
-        last = chain[layer].conv.out_channels - 1
+        last = widths[layer] - 1
         wrong = [k for k in checked[layer] if not 0 <= k <= last]
         if wrong:
             raise ValueError(f"{layer} has filters 0 to {last}, but {wrong} were named.")
@@ -233,30 +201,33 @@ def _checked(chain: Mapping[str, Link], filters: Filters) -> dict[str, list[int]
     return checked
 
 
-def _remove(link: Link, indices: list[int]) -> None:
-    filters = link.conv.out_channels
-    kept = [k for k in range(filters) if k not in indices]
-    for layer in (link.conv, *link.followers):
+def _keep(model: nn.Module, link: Link, filters: int, kept: list[int]) -> None:
+    """Keep of one layer's ``filters`` in ``model`` only ``kept``, and what follows of these."""
+    conv, consumer = model.get_submodule(link.conv), model.get_submodule(link.consumer)
+    norms = [model.get_submodule(name) for name in link.norms]
+    for layer in (conv, *norms):
         for name in ("weight", "bias", "running_mean", "running_var"):
-            values = getattr(layer, name, None)
-            if values is not None and type(layer) is not nn.PReLU:
-                _replace(layer, name, values[kept])
-    weight = link.consumer.weight
-    if isinstance(link.consumer, nn.Linear):  # one block of columns for each filter
-        _replace(link.consumer, "weight", weight.unflatten(1, (filters, -1))[:, kept].flatten(1))
-        link.consumer.in_features = link.consumer.weight.shape[1]
+            _keep_along(layer, name, 0, filters, kept)
+    _keep_along(consumer, "weight", 1, filters, kept)
+    conv.out_channels = len(kept)
+    for norm in norms:
+        norm.num_features = len(norm.running_mean)
+    if isinstance(consumer, nn.Linear):
+        consumer.in_features = consumer.weight.shape[1]
     else:
-        _replace(link.consumer, "weight", weight[:, kept])
-        link.consumer.in_channels = len(kept)
-    link.conv.out_channels = len(kept)
-    for layer in link.followers:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.num_features = len(kept)
+        consumer.in_channels = len(kept)
 
 
-def _replace(layer: nn.Module, name: str, values: Tensor) -> None:
-    values = values.detach().clone(memory_format=torch.preserve_format)
-    old = getattr(layer, name)
+def _keep_along(layer: nn.Module, name: str, axis: int, filters: int, kept: list[int]) -> None:
+    old = getattr(layer, name, None)
+    if old is None:
+        return
+    # Behind a Flatten each filter has a block of values; otherwise, the block is one.
+    parts = old.detach().unflatten(axis, (filters, -1))
+    values = parts.index_select(axis, torch.tensor(kept, device=old.device))
+    values = values.flatten(axis, axis + 1)
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        values = values.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):
         values = nn.Parameter(values, requires_grad=old.requires_grad)
     setattr(layer, name, values)

@@ -10,7 +10,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
-from cnn_pruning.data import batches
 from cnn_pruning.model import CNN
 from cnn_pruning.paths import ROOT
-from cnn_pruning.training import Row, check_settings, evaluate, fit
 
 if TYPE_CHECKING:
     import mlflow
+    from matplotlib.figure import Figure
 
 EXPERIMENT = "cnn-pruning"
 ANSWER_WITHIN = 5  # seconds that a tracking server has for its first answer
@@ -93,42 +92,63 @@ def run(name: str, parent: str | None = None) -> "Iterator[mlflow.ActiveRun]":
             raise
 
 
-def fit_and_log(
-    model: CNN,
-    train: TensorDataset,
-    val: TensorDataset,
-    test: TensorDataset,
-    on_epoch: Callable[[Row], None] | None = None,
-    **settings: int | float,
-) -> list[Row]:
-    """``fit`` with ``settings``, everything logged to the active run; returns the history.
+def log_settings(settings: Mapping[str, object], **data: TensorDataset) -> None:
+    """Log settings as parameters of the active run, and the data sets by what they are for."""
+    import mlflow
 
-    Logged are the settings and channels as parameters, ``train_loss``, ``val_loss`` and
-    ``val_accuracy`` by epoch and their curves, ``test_loss`` and ``test_accuracy`` once at the end,
-    the summary and the network.
+    mlflow.log_params(dict(settings))
+    for name, dataset in data.items():
+        mlflow.log_input(_record(dataset, name), context=name)
+
+
+def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Log numbers to the active run."""
+    import mlflow
+
+    mlflow.log_metrics(dict(metrics), step=step)
+
+
+def log_figure(figure: "Figure", name: str) -> None:
+    """Log a figure to the active run, as a file of that name."""
+    import mlflow
+
+    mlflow.log_figure(figure, name)
+
+
+def log_dict(values: Mapping, name: str) -> None:
+    """Log ``values`` to the active run, as a JSON file of that name."""
+    import mlflow
+
+    mlflow.log_dict(dict(values), name)
+
+
+def mark_as_baseline() -> None:
+    """Let ``find_baselines`` find the active run."""
+    import mlflow
+
+    mlflow.set_tag("stage", "baseline")
+
+
+def find_baselines(settings: Mapping[str, object], train: TensorDataset) -> list[str]:
+    """Return the ids of the finished baseline runs with these settings and training data.
+
+    The newest comes first. Connects to the store first, and raises as ``connect`` does.
     """
     import mlflow
 
-    from cnn_pruning import plots
-
-    def log(row: Row) -> None:
-        values = {name: value for name, value in row.items() if name != "epoch"}
-        mlflow.log_metrics(values, step=row["epoch"])
-        if on_epoch:
-            on_epoch(row)
-
-    mlflow.log_params({"channels": model.channels, **settings})
-    for name, data in (("train", train), ("validation", val), ("test", test)):
-        mlflow.log_input(_record(data, name), context=name)
-    history = fit(model, train, val, on_epoch=log, **settings)
-    test_loss, test_accuracy = evaluate(model, test)
-    mlflow.log_metrics({"test_loss": test_loss, "test_accuracy": test_accuracy})
-    mlflow.log_figure(plots.curves({"network": history}, "Training"), "training.png")
-    log_network(model)
-    return history
+    experiment = connect()
+    matches = [f"params.{name} = '{value}'" for name, value in settings.items()]
+    conditions = [
+        "tags.stage = 'baseline'",
+        "attributes.status = 'FINISHED'",
+        f"dataset.digest = '{_record(train, 'train').digest}'",
+        *matches,
+    ]
+    found = mlflow.search_runs([experiment], " and ".join(conditions), output_format="list")
+    return [run.info.run_id for run in found]
 
 
-def _record(data: TensorDataset, name: str):
+def _record(data: TensorDataset, name: str) -> "mlflow.data.dataset.Dataset":
     """MLflow's description of a data set, with its digest."""
     import mlflow
 
@@ -162,62 +182,6 @@ def load_network(run_id: str) -> CNN:
     return model
 
 
-def baseline(
-    train: TensorDataset,
-    val: TensorDataset,
-    test: TensorDataset,
-    channels: tuple[int, ...] = (8, 16),
-    seed: int = 0,
-    epochs: int = 5,
-    batch_size: int = 128,
-    lr: float = 3e-3,
-) -> tuple[CNN, str]:
-    """Return the network trained with these settings, on the CPU, and the id of its run.
-
-    It is read from the newest finished run with the same settings and training data. If there is
-    none, or its network can't be read, the network is trained and logged. ``seed`` draws the first
-    weights as well as the order of the mini-batches, and leaves the caller's random numbers as they
-    are; the other settings are those of ``fit``.
-
-    Raises ``ValueError`` for settings that ``fit`` can't use, before there is a run.
-    """
-    import mlflow
-
-    check_settings(epochs, lr, seed)
-    for data in (train, val, test):
-        batches(data, batch_size)  # raises if it is empty
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = CNN(channels)
-    experiment = connect()
-    settings = {"seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-    wanted = {"channels": tuple(channels), **settings}
-    matches = [f"params.{name} = '{value}'" for name, value in wanted.items()]
-    found = mlflow.search_runs(
-        [experiment],
-        " and ".join(
-            [
-                "tags.stage = 'baseline'",
-                "attributes.status = 'FINISHED'",
-                f"dataset.digest = '{_record(train, 'train').digest}'",
-                *matches,
-            ]
-        ),
-        output_format="list",
-    )
-    for candidate in found:
-        try:
-            return load_network(candidate.info.run_id), candidate.info.run_id
-        except Exception:  # deleted, cut short, made by another version: train it again
-            continue
-    with run("cnn-pruning") as parent, run("train", parent.info.run_id) as active:
-        fit_and_log(model, train, val, test, **settings)
-        mlflow.set_tag("stage", "baseline")
-    # Read back, so that the first call and the later ones return tensors of the same layout: other
-    # layouts take other kernels, which round otherwise.
-    return load_network(active.info.run_id), active.info.run_id
-
-
 def parent_of(run_id: str) -> str | None:
     """Return the id of the run that the run ``run_id`` stands under."""
     import mlflow
@@ -248,6 +212,21 @@ def log_model(model: CNN, images: Tensor) -> None:
             # Named here, because MLflow takes many seconds to find it out.
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
         )
+
+
+def store() -> str:
+    """Return the address of the store."""
+    import mlflow
+
+    return mlflow.get_tracking_uri()
+
+
+def address_of_runs() -> str:
+    """Return what to type to see the runs, and where: MLflow opens on another, empty page."""
+    uri = store()
+    place = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    start = "" if uri.startswith("http") else f"type `uv run mlflow ui --backend-store-uri {uri}`, "
+    return f"{start}open {place}/#/experiments/{connect()}/runs"
 
 
 def predict(run_id: str, images: Tensor) -> Tensor:

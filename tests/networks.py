@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 torch.set_num_threads(1)  # for networks as small as these, threads cost more than they save
@@ -88,6 +89,60 @@ class Parts(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
+
+
+# Other ways to write a layer: functions of (layer, x).
+FORMS = {
+    nn.ReLU: [
+        lambda layer, x: F.relu(x, layer.inplace),
+        lambda layer, x: torch.relu(x),
+        lambda layer, x: x.relu(),
+        lambda layer, x: x.clamp(min=0),
+    ],
+    nn.LeakyReLU: [lambda layer, x: F.leaky_relu(x, 0.1, layer.inplace)],
+    nn.ELU: [lambda layer, x: F.elu(x, inplace=layer.inplace)],
+    nn.GELU: [lambda layer, x: F.gelu(x)],
+    nn.SiLU: [lambda layer, x: F.silu(x)],
+    nn.Sigmoid: [lambda layer, x: torch.sigmoid(x), lambda layer, x: x.sigmoid()],
+    nn.Tanh: [lambda layer, x: torch.tanh(x), lambda layer, x: x.tanh()],
+    nn.Softplus: [lambda layer, x: F.softplus(x)],
+    nn.MaxPool2d: [lambda layer, x: F.max_pool2d(x, 2)],
+    nn.AvgPool2d: [lambda layer, x: F.avg_pool2d(x, kernel_size=2)],
+    nn.AdaptiveAvgPool2d: [lambda layer, x: F.adaptive_avg_pool2d(x, layer.output_size)],
+    nn.Dropout: [lambda layer, x: F.dropout(x, 0.5, training=layer.training)],
+    nn.Identity: [lambda layer, x: x],
+    nn.Flatten: [
+        lambda layer, x: torch.flatten(x, 1),
+        lambda layer, x: x.flatten(start_dim=1),
+        lambda layer, x: x.view(x.size(0), -1),
+        lambda layer, x: x.reshape(x.shape[0], -1),
+        lambda layer, x: torch.reshape(x, (x.size()[0], -1)),
+        lambda layer, x: x.contiguous().view(x.size(0), x.size(1) * x.shape[2] * x.shape[3]),
+    ],
+}
+
+
+class Written(nn.Module):
+    """A chain whose ``forward`` writes layers as functions, methods and operators."""
+
+    def __init__(self, layers: list[nn.Module], rng: random.Random):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.forms = [rng.choice(FORMS.get(type(layer), [None])) for layer in layers]
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor:
+        assert x.dim() == 4 and x.shape[1] > 0, "images (N, C, H, W)"
+        x = x.contiguous()  # what comes before the first convolution is free
+        for layer, form in zip(self.layers, self.forms, strict=True):
+            x = form(layer, x) if form else layer(x)
+        return x if features else x * 1.0
+
+
+def asserting(m: nn.Module, x: Tensor) -> Tensor:
+    """A forward with asserts of several shapes; here, because pytest rewrites those of tests."""
+    assert x.dim() == 4 and not x.shape[1] != 1, "gray images"
+    assert not (x.shape[2] != x.shape[3])
+    return m.head(torch.flatten(m.second(m.first(x)), 1))
 
 
 KEEP_ZEROS = (
@@ -224,4 +279,11 @@ def _in_place(layer: nn.Module) -> bool:
 def _wrapped(rng: random.Random, layers: list[nn.Module]) -> nn.Module:
     cut = rng.randint(1, len(layers) - 1)
     first, second = nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:])
-    return rng.choice([nn.Sequential(*layers), nn.Sequential(first, second), Parts(first, second)])
+    return rng.choice(
+        [
+            nn.Sequential(*layers),
+            nn.Sequential(first, second),
+            Parts(first, second),
+            Written(layers, rng),
+        ]
+    )

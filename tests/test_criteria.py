@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from cnn_pruning import CNN, evaluate, filter_scores, remove_filters
-from cnn_pruning.criteria import CRITERIA, normalize, obd, taylor
+from cnn_pruning import CNN, evaluate, filter_scores, normalize, remove_filters
+from cnn_pruning.criteria import CRITERIA, obd, taylor
 from cnn_pruning.oracle import oracle
 
 # Everything is float64, so assert_close's own tolerances (1e-7 relative) leave room for rounding
@@ -475,9 +475,20 @@ def test_the_oracle_is_the_change_of_the_loss_when_the_filter_is_removed(seed):
                 changes, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-12
             )
     torch.testing.assert_close(
-        filter_scores(network.model, data, "oracle"),
+        filter_scores(network.model, data, "oracle_abs"),
         {name: values.abs() for name, values in signed.items()},
     )
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_criterion_means_the_same_by_name_and_as_a_function(criterion):
+    network = random_network(3)
+    data = random_data(network)
+    assert CRITERIA[criterion].__name__ == criterion
+    torch.manual_seed(0)
+    by_name = filter_scores(network.model, data, criterion)
+    torch.manual_seed(0)
+    torch.testing.assert_close(by_name, filter_scores(network.model, data, CRITERIA[criterion]))
 
 
 def test_a_function_that_returns_another_shape_is_an_error_that_says_which():

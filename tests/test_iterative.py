@@ -1,17 +1,21 @@
-import copy
-
 import pytest
 import torch
 import torchinfo
 from hypothesis import given
 from networks import PROPERTY, SEEDS, assert_same, random_data, random_network, state_of
 from torch.utils.data import TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
-from cnn_pruning import CNN, TaylorPruner, evaluate, fit, mask_filters, remove_filters, schedules
+from cnn_pruning import (
+    CNN,
+    evaluate,
+    filter_scores,
+    fit,
+    mask_filters,
+    remove_filters,
+)
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import count_macs, count_parameters
-from cnn_pruning.savings import map_flops, saved_macs, saved_parameters
+from cnn_pruning.scores import normalize, select_filters
 
 
 def dataset(size, seed=0):
@@ -43,12 +47,9 @@ def test_without_updates_it_is_scoring_again_after_each_removal(seed):
     target = max(len(net.feature_maps()), total - 2)
     removed = {name: [] for name in net.feature_maps()}
     expected = net.model
-    for step in prune_iteratively(
-        net.model, data, data, filters=target, updates=0, image_shape=net.shape
-    ):
-        pruner = TaylorPruner(expected)
-        pruner.score(data)
-        expected = pruner.prune(1)
+    for step in prune_iteratively(net.model, data, data, filters=target, updates=0):
+        scores = filter_scores(expected, data)
+        expected = remove_filters(expected, select_filters(normalize(scores), 1))
         assert_same(dict(step.model.state_dict()), dict(expected.state_dict()))
         for layer, filters in step.removed.items():
             removed[layer] += filters
@@ -58,7 +59,7 @@ def test_without_updates_it_is_scoring_again_after_each_removal(seed):
             torch.testing.assert_close(step.model(images), net.model(images))
 
 
-@pytest.mark.parametrize("options", [{}, {"score_batches": 1}, {"criterion": "oracle"}])
+@pytest.mark.parametrize("options", [{}, {"updates": 0}, {"criterion": "oracle_abs"}])
 def test_every_step_says_what_went_and_what_remains(options):
     model = network((4, 5))
     found = steps(model, filters=4, per_step=2, **options)
@@ -113,9 +114,7 @@ def test_the_callers_random_numbers_are_untouched():
 def test_the_scores_of_the_updates_are_those_of_a_pass_where_nothing_moves():
     model = network()
     (step,) = steps(model, filters=6, updates=3, lr=1e-12)  # one epoch of 48 images
-    pruner = TaylorPruner(model)
-    pruner.score(TRAIN)
-    assert step.removed == pruner.select(1)
+    assert step.removed == select_filters(normalize(filter_scores(model, TRAIN)), 1)
 
 
 def test_updates_train_the_network():
@@ -144,7 +143,8 @@ def test_the_same_seed_gives_the_same_steps():
         ({"filters": 3.0}, "filters must be a positive integer"),
         ({"filters": 5, "per_step": 0}, "per_step"),
         ({"filters": 5, "updates": -1}, "updates"),
-        ({"filters": 5, "score_batches": 0}, "score_batches"),
+        ({"filters": 5, "keep": ["conv"]}, "keep names conv"),
+        ({"filters": 2, "keep": ["network.0"]}, "keeps at least 4"),
         ({"filters": 5, "lr": 0}, "lr"),
         ({"filters": 5, "batch_size": 0}, "batch_size"),
         ({"filters": 5, "criterion": "tailor"}, "tailor"),
@@ -158,71 +158,43 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_trained(option
     assert_same(state_of(model), before)
 
 
-def test_random_like_taylor_takes_other_filters_of_the_same_layers():
-    model = network((6, 8))
-
-    def layers(steps):
-        return [layer for step in steps for layer, filters in step.removed.items() if filters]
-
-    like = list(schedules.schedule(model, TRAIN, VAL, "taylor", 1, seed=0))
-    control = list(schedules.schedule(model, TRAIN, VAL, "random, like taylor", 1, 0, like))
-    assert layers(control) == layers(like)
-    assert [step.removed for step in control] != [step.removed for step in like]
-    assert control[-1].model.channels == (1, 1)
-
-
-# What a removal saves
-
-
-def test_the_papers_flops_are_those_of_its_formula():
-    # 2 H W (C K K + 1) for 28 x 28 inputs
-    assert map_flops(CNN((8, 16))) == {
-        "network.0": 2 * 784 * (9 + 1) / 1e6,
-        "network.2": 2 * 784 * (8 * 9 + 1) / 1e6,
-    }
-
-
-@PROPERTY
-@given(SEEDS)
-def test_savings_are_what_the_counters_say_before_minus_after(seed):
-    net = random_network(seed)
-
-    def flops(model):
-        image = torch.zeros(1, *net.shape, dtype=torch.float64)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            copy.deepcopy(model).eval()(image)
-        return counter.get_total_flops()
-
-    macs, parameters = saved_macs(net.model, net.shape), saved_parameters(net.model)
-    for layer in macs:
-        small = remove_filters(net.model, {layer: [0]})
-        assert macs[layer] == pytest.approx((flops(net.model) - flops(small)) / 2e6)
-        fewer = sum(p.numel() for p in net.model.parameters()) - sum(
-            p.numel() for p in small.parameters()
-        )
-        assert parameters[layer] == pytest.approx(fewer / 1e6)
-
-
 def test_torchinfo_counts_the_same_multiply_adds_and_the_biases_besides():
     model = CNN((8, 16))
     counted = torchinfo.summary(model, (1, 1, 28, 28), verbose=0).total_mult_adds
     assert counted == count_macs(model) + 784 * (8 + 16) + 10
 
 
-def test_a_cost_is_subtracted_from_the_scores_with_its_weight():
+def test_scores_are_compared_as_rescore_returns_them():
     model = network((2, 2))
     scores = {"network.0": torch.tensor([0.6, 0.8]), "network.2": torch.tensor([0.6, 0.8])}
-
-    def cost(model):
-        return {"network.0": 1.0, "network.2": 3.0}
-
+    cost = {"network.0": 1.0, "network.2": 3.0}
     for weight, expected in ((0.0, "network.0"), (0.1, "network.2"), (-0.1, "network.0")):
-        pruner = TaylorPruner(model, cost=cost, cost_weight=weight)
-        pruner.scores = scores
-        assert pruner.select(1)[expected] == [0]
+        (step,) = steps(
+            model,
+            filters=3,
+            updates=1,
+            rescore=lambda network, _, w=weight: {k: v - w * cost[k] for k, v in scores.items()},
+        )
+        assert step.removed == {"network.0": [], "network.2": []} | {expected: [0]}
 
 
-@pytest.mark.parametrize("options", [{"cost_weight": 0.1}, {"cost_weight": float("nan")}])
-def test_a_weight_without_a_cost_is_refused(options):
-    with pytest.raises(ValueError, match="cost_weight"):
-        TaylorPruner(network(), **options)
+def test_layers_that_rescore_leaves_out_or_keep_names_lose_nothing():
+    for options in (
+        {"rescore": lambda network, scores: {"network.2": scores["network.2"]}},
+        {"keep": ["network.0"]},
+    ):
+        found = steps(network((3, 4)), filters=5, **options)
+        assert [step.model.channels for step in found] == [(3, 3), (3, 2)]
+
+
+def test_rescore_sees_the_network_as_it_is_and_its_scores():
+    seen = []
+
+    def rescore(network, scores):
+        seen.append((network.channels, {k: len(v) for k, v in scores.items()}))
+        return normalize(scores)
+
+    steps(network((3, 4)), filters=5, rescore=rescore)
+    assert next(channels for channels, _ in seen) == (3, 4)
+    for channels, widths in seen:
+        assert widths == dict(zip(("network.0", "network.2"), channels, strict=True))

@@ -7,7 +7,7 @@ import torch
 from stores import artifacts, dataset, new_store, no_figures, no_server, place, runs
 
 import cnn_pruning.__main__ as program
-from cnn_pruning import TaylorPruner, tracking
+from cnn_pruning import baseline, tracking
 from cnn_pruning.data import FashionMNIST
 
 SPLITS = dataset(200), dataset(50, seed=1), dataset(40, seed=2)
@@ -25,6 +25,14 @@ SMALL = {
 def arguments(**changed):
     options = SMALL | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
     return [part for name, value in options.items() for part in (name, *value.split(" "))]
+
+
+def status(argv):
+    """The exit status of the program."""
+    try:
+        return program.main(argv)
+    except SystemExit as stop:
+        return stop.code
 
 
 def by_name(found):
@@ -152,9 +160,9 @@ def test_figures_are_recorded_with_the_step_they_show(finished, store):
 
 def test_its_training_is_a_baseline_for_the_notebooks(finished, store, monkeypatch):
     _, found = finished
-    monkeypatch.setattr(tracking, "fit", lambda *_, **__: pytest.fail("it was trained again"))
+    monkeypatch.setattr(baseline, "fit", lambda *_, **__: pytest.fail("it was trained again"))
     settings = {"epochs": 2, "batch_size": 50, "lr": 1e-3}
-    _, run_id = tracking.baseline(*SPLITS, (2, 3), 3, **settings)
+    _, run_id = baseline.baseline(*SPLITS, (2, 3), 3, **settings)
     assert run_id == found["train"].info.run_id
 
 
@@ -193,11 +201,11 @@ def interrupt(*_, **__):
 @pytest.mark.parametrize(
     ("owner", "name", "expected"),
     [
-        (tracking, "fit", {"cnn-pruning": "KILLED", "train": "KILLED"}),
+        (baseline, "fit", {"cnn-pruning": "KILLED", "train": "KILLED"}),
         (program, "accuracies", {"cnn-pruning": "KILLED", "train": "FINISHED"}),
         (
-            TaylorPruner,
-            "score",
+            program,
+            "filter_scores",
             {"cnn-pruning": "KILLED", "train": "FINISHED", "prune": "KILLED"},
         ),
         (
@@ -249,9 +257,7 @@ def refused(tmp_path, monkeypatch, capsys):
         here = tmp_path / "here"
         here.mkdir()
         with place(here, f"sqlite:///{(here / 'mlflow.db').as_posix()}"):
-            with pytest.raises(SystemExit) as stop:
-                program.main(argv)
-        assert stop.value.code == 2
+            assert status(argv) == 2
         assert list(here.iterdir()) == []
         printed = capsys.readouterr()
         assert printed.out == ""
@@ -317,9 +323,8 @@ def test_a_missing_data_folder_is_refused_where_nothing_can_be_downloaded(
 
 def test_a_server_that_does_not_answer_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "fashion_mnist", lambda root: SPLITS)
-    with no_server() as uri, place(tmp_path, uri), pytest.raises(SystemExit) as stop:
-        program.main(arguments())
-    assert stop.value.code == 2
+    with no_server() as uri, place(tmp_path, uri):
+        assert status(arguments()) == 2
     printed = capsys.readouterr().err
     assert uri in printed and printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -327,9 +332,8 @@ def test_a_server_that_does_not_answer_is_refused(tmp_path, monkeypatch, capsys)
 
 def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "fashion_mnist", lambda root: SPLITS)
-    with place(tmp_path, "nonsense://here"), pytest.raises(SystemExit) as stop:
-        program.main(arguments())
-    assert stop.value.code == 2
+    with place(tmp_path, "nonsense://here"):
+        assert status(arguments()) == 2
     printed = capsys.readouterr().err
     assert "nonsense" in printed and printed.count("\n") == 1
 

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 import torchinfo
 
-from cnn_pruning import CNN, pictures
+from cnn_pruning import CNN
 from cnn_pruning.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -135,10 +135,3 @@ def test_what_the_readme_quotes_is_what_a_notebook_printed():
     assert quotes
     for quote in quotes:
         assert any(quote in text for text in printed), quote
-
-
-@pytest.mark.parametrize("file", pictures.COPIED)
-def test_the_pictures_of_the_readme_are_those_of_the_notebooks(file):
-    assert f"(notebooks/{file})" in README
-    stored = (ROOT / "notebooks" / file).read_bytes()
-    assert stored == pictures.figure_of(*pictures.COPIED[file])

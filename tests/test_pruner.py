@@ -15,10 +15,18 @@ from networks import (
     state_of,
 )
 from torch import nn
-from torch.nn.functional import cross_entropy, relu
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import CNN, TaylorPruner, filter_scores, mask_filters, remove_filters
+from cnn_pruning import (
+    CNN,
+    TaylorPruner,
+    filter_scores,
+    mask_filters,
+    normalize,
+    remove_filters,
+    select_filters,
+)
 
 
 def images_for(network, seed=0):
@@ -35,15 +43,9 @@ def digits(size=4):
     return TensorDataset(images, torch.arange(size) % 10)
 
 
-def pruner_with(scores, **options):
-    """A pruner of a network with these scores, whatever its weights."""
-    layers, width = [], 1
-    for values in scores:
-        layers += [nn.Conv2d(width, len(values), 1), nn.ReLU()]
-        width = len(values)
-    pruner = TaylorPruner(nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 2)), **options)
-    pruner.scores = {str(2 * i): torch.tensor(values) for i, values in enumerate(scores)}
-    return pruner
+def named(values):
+    """Scores of layers called 0, 2, 4, as those of an nn.Sequential are."""
+    return {str(2 * i): torch.tensor(row) for i, row in enumerate(values)}
 
 
 # Removing and masking
@@ -343,15 +345,6 @@ class Residual(nn.Module):
         return x + self.conv(x)
 
 
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x):
-        return relu(self.conv(x))
-
-
 class Forked(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -373,7 +366,6 @@ def used_twice(layer):
     [
         (around(nn.Conv2d(4, 4, 3, padding=1, groups=2)), r"^2 is a grouped convolution"),
         (around(nn.Sequential(Residual())), r"^add, in 2\.0"),
-        (around(Functional()), r"^relu, in 2 "),
         (around(nn.LayerNorm(6)), r"^2 is a LayerNorm"),
         (around(nn.GroupNorm(2, 4)), r"^2 is a GroupNorm"),
         (around(nn.ConvTranspose2d(4, 4, 3, padding=1)), r"^2 is a ConvTranspose2d"),
@@ -406,18 +398,18 @@ def test_a_network_that_is_no_chain_is_an_error_that_names_the_layer(model, mess
 # Selecting
 
 
-def lowest_by_brute_force(scores, n, min_filters, normalize):
+def lowest_by_brute_force(scores, n, min_filters, normalized, keep=()):
     """Take the lowest filter that may go, n times."""
     left = {}
     for position, (layer, values) in enumerate(scores.items()):
         values = values.double()
-        scale = values.norm().item() if normalize and values.any() else 1.0
+        scale = values.norm().item() if normalized and values.any() else 1.0
         # float32, as the scores are: what ties there must tie here
         shown = (values / scale).float().tolist()
         left[layer] = [(value, position, k) for k, value in enumerate(shown)]
     chosen = {layer: [] for layer in scores}
     for _ in range(n):
-        open_layers = [layer for layer in left if len(left[layer]) > min_filters]
+        open_layers = [k for k in left if len(left[k]) > min_filters and k not in keep]
         layer = min(open_layers, key=lambda name: min(left[name]))
         lowest = min(left[layer])
         left[layer].remove(lowest)
@@ -436,36 +428,38 @@ SCORES = st.lists(
 @PROPERTY
 @given(SCORES, st.integers(1, 3), st.data())
 def test_exactly_the_n_lowest_are_selected_and_min_filters_stay(values, min_filters, data):
-    pruner = pruner_with(values, min_filters=min_filters, normalize=False)
-    spare = sum(max(0, len(v) - min_filters) for v in values)
+    scores = named(values)
+    before = copy.deepcopy(scores)
+    keep = data.draw(st.lists(st.sampled_from(list(scores)), unique=True))
+    spare = sum(max(0, len(v) - min_filters) for k, v in scores.items() if k not in keep)
     n = data.draw(st.integers(0, spare))
-    selected = pruner.select(n)
-    assert list(selected) == list(pruner.scores)
+    selected = select_filters(scores, n, min_filters, keep)
+    assert list(selected) == list(scores)
     assert sum(map(len, selected.values())) == n
     for layer, indices in selected.items():
-        assert len(pruner.scores[layer]) - len(indices) >= min(
-            min_filters, len(pruner.scores[layer])
-        )
-    assert selected == lowest_by_brute_force(pruner.scores, n, min_filters, normalize=False)
+        assert len(scores[layer]) - len(indices) >= min(min_filters, len(scores[layer]))
+        assert not (layer in keep and indices)
+    assert selected == lowest_by_brute_force(scores, n, min_filters, False, keep)
+    assert_same(scores, before)
 
 
 @PROPERTY
 @given(SEEDS)
-def test_normalized_scores_are_compared_by_default(seed):
+def test_normalized_scores_put_layers_of_any_size_on_one_scale(seed):
     rng = random.Random(seed)
     # Layers of very different sizes, so that the raw order is another one; no near ties
     values = [[scale * (rng.random() + 0.01) for _ in range(5)] for scale in (1.0, 1e-4)]
-    pruner = pruner_with(values)
+    scores = named(values)
     for n in range(9):
-        expected = lowest_by_brute_force(pruner.scores, n, 1, normalize=True)
-        assert pruner.select(n) == expected
-    pruner.normalize = False
-    assert pruner.select(4) == {"0": [], "2": sorted(pruner.select(4)["2"])}
+        expected = lowest_by_brute_force(scores, n, 1, normalized=True)
+        assert select_filters(normalize(scores), n) == expected
+    raw = select_filters(scores, 4)
+    assert (raw["0"], len(raw["2"])) == ([], 4)
 
 
 def test_ties_go_by_layer_then_by_index():
-    pruner = pruner_with([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5]])  # equal after normalization, too
-    assert [pruner.select(n) for n in range(5)] == [
+    scores = named([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5]])
+    assert [select_filters(scores, n) for n in range(5)] == [
         {"0": [], "2": []},
         {"0": [1], "2": []},
         {"0": [1, 2], "2": []},
@@ -476,37 +470,74 @@ def test_ties_go_by_layer_then_by_index():
 
 def test_ties_go_by_the_order_of_the_layers_not_of_their_names():
     # As text, "10" comes before "2".
-    pruner = pruner_with([[1.0, 1.0]] * 6)
-    assert pruner.select(2) == {"0": [0], "2": [0], "4": [], "6": [], "8": [], "10": []}
+    assert select_filters(named([[1.0, 1.0]] * 6), 2) == {
+        "0": [0],
+        "2": [0],
+        "4": [],
+        "6": [],
+        "8": [],
+        "10": [],
+    }
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_not_finite_are_an_error_that_names_the_layer(value):
-    pruner = pruner_with([[1.0, 2.0], [1.0, value]])
     for n in (0, 1):
         with pytest.raises(ValueError, match=r"^2 has scores that are not finite"):
-            pruner.select(n)
+            select_filters(named([[1.0, 2.0], [1.0, value]]), n)
 
 
 @pytest.mark.parametrize("n", [4, 100, -1, 1.0, "1", None, True])
 def test_a_number_that_can_not_be_removed_is_an_error_that_says_what_can(n):
-    pruner = pruner_with([[1.0, 2.0, 3.0], [1.0], [1.0, 2.0, 3.0, 4.0]], min_filters=2)
-    pruner.select(3)
+    scores = named([[1.0, 2.0, 3.0], [1.0], [1.0, 2.0, 3.0, 4.0]])
+    select_filters(scores, 3, min_filters=2)
     with pytest.raises(ValueError, match=r"min_filters=2.* 0 to 3 \(1 of 0, 0 of 2, 2 of 4\)"):
-        pruner.select(n)
+        select_filters(scores, n, min_filters=2)
     with pytest.raises(ValueError, match=repr(n)):
-        pruner.prune(n)
+        select_filters(scores, n, min_filters=2)
+
+
+def test_layers_to_keep_are_named_as_they_are():
+    scores = named([[1.0, 2.0], [3.0, 4.0]])
+    assert select_filters(scores, 1, keep="0") == {"0": [], "2": [0]}
+    with pytest.raises(ValueError, match="keep names conv1, but the layers are 0, 2"):
+        select_filters(scores, 1, keep=["conv1"])
+    with pytest.raises(ValueError, match=r"0 to 1 \(0 of 0, 1 of 2\)"):
+        select_filters(scores, 2, keep=["0"])
+
+
+@pytest.mark.parametrize(
+    "scores", [None, [1.0], {"0": [1.0]}, {"0": torch.ones(2, 2)}, {"0": torch.tensor([True])}]
+)
+def test_what_are_not_scores_are_an_error_that_says_what_scores_are(scores):
+    for use in (normalize, lambda s: select_filters(s, 1)):
+        with pytest.raises(TypeError, match=r"[Ss]cores .*tensor"):
+            use(scores)
 
 
 @pytest.mark.parametrize("min_filters", [0, -1, 1.5, True])
 def test_min_filters_is_at_least_1(min_filters):
     with pytest.raises(ValueError, match="min_filters"):
         TaylorPruner(CNN((2,)), min_filters=min_filters)
+    with pytest.raises(ValueError, match="min_filters"):
+        select_filters(named([[1.0, 2.0]]), 1, min_filters)
 
 
 def test_an_unknown_criterion_is_an_error_from_the_start():
     with pytest.raises(ValueError, match="'taylor'"):
         TaylorPruner(CNN((2,)), criterion="tailor")
+
+
+def test_the_pruner_selects_as_the_functions_do():
+    model, data = CNN((5, 6)), digits(8)
+    scores = filter_scores(model, data)
+    for normalized in (True, False):
+        pruner = TaylorPruner(model, normalize=normalized, min_filters=2, keep=["network.0"])
+        pruner.score(data)
+        compared = normalize(scores) if normalized else scores
+        expected = select_filters(compared, 3, min_filters=2, keep=["network.0"])
+        assert pruner.select(3) == expected
+        assert pruner.prune(3).channels == (5, 3)
 
 
 def test_selecting_before_scoring_is_an_error():

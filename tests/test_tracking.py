@@ -18,7 +18,8 @@ from stores import (
     silent_server,
 )
 
-from cnn_pruning import CNN, TaylorPruner, tracking
+from cnn_pruning import CNN, TaylorPruner, evaluate, tracking
+from cnn_pruning import baseline as baselines
 
 SETTINGS = {"epochs": 1, "batch_size": 20, "lr": 1e-3}
 
@@ -226,7 +227,7 @@ def test_training_logs_its_settings_its_epochs_and_its_result(store):
     model, seen = network(), []
     settings = SETTINGS | {"epochs": 3, "seed": 7}
     with tracking.run("train") as active:
-        history = tracking.fit_and_log(model, *SPLITS, on_epoch=seen.append, **settings)
+        history = baselines.fit_and_log(model, *SPLITS, on_epoch=seen.append, **settings)
     run_id = active.info.run_id
     found = mlflow.get_run(run_id)
     assert found.data.params == {
@@ -242,7 +243,7 @@ def test_training_logs_its_settings_its_epochs_and_its_result(store):
     for name in ("train_loss", "val_loss", "val_accuracy"):
         logged = [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
         assert logged == [(row["epoch"], row[name]) for row in history]
-    test_loss, test_accuracy = tracking.evaluate(model, SPLITS[2])
+    test_loss, test_accuracy = evaluate(model, SPLITS[2])
     expected = {"test_loss": test_loss, "test_accuracy": test_accuracy}
     for name, value in expected.items():
         assert [m.value for m in client.get_metric_history(run_id, name)] == [value]
@@ -268,13 +269,13 @@ def test_a_logged_model_gives_any_number_of_images_the_networks_labels(store):
 
 
 def baseline(channels=(2, 3), seed=0, **settings):
-    return tracking.baseline(*SPLITS, channels, seed, **{**SETTINGS, **settings})
+    return baselines.baseline(*SPLITS, channels, seed, **{**SETTINGS, **settings})
 
 
 @pytest.fixture
 def no_training(monkeypatch):
     def train():
-        monkeypatch.setattr(tracking, "fit", lambda *_, **__: pytest.fail("it was trained again"))
+        monkeypatch.setattr(baselines, "fit", lambda *_, **__: pytest.fail("it was trained again"))
 
     return train
 
@@ -307,7 +308,7 @@ def test_settings_that_are_left_out_are_those_of_training(store):
     # By default there are 5 epochs.
     _, one_epoch = baseline(seed=30)
     shorter = {name: value for name, value in SETTINGS.items() if name != "epochs"}
-    _, default = tracking.baseline(*SPLITS, (2, 3), 30, **shorter)
+    _, default = baselines.baseline(*SPLITS, (2, 3), 30, **shorter)
     assert default != one_epoch
 
 
@@ -343,7 +344,7 @@ def test_a_baseline_that_did_not_finish_is_not_used(store, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "evaluate", stop)
+        patch.setattr(baselines, "evaluate", stop)
         with pytest.raises(error):
             baseline(seed=60)
     unfinished = {found.info.run_id for found in runs() if found.info.status != "FINISHED"}
@@ -371,7 +372,7 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
             mlflow.log_dict(removed, "removed.json")
             tracking.log_network(small)
         with tracking.run("fine-tune", parent) as tune:
-            tracking.fit_and_log(small, *SPLITS, seed=0, **SETTINGS)
+            baselines.fit_and_log(small, *SPLITS, seed=0, **SETTINGS)
             tracking.log_model(small, IMAGES[:2])
         assert_same(tracking.predict(tune.info.run_id, IMAGES), logits(small).argmax(1))
         assert tracking.load_network(prune.info.run_id).channels == small.channels

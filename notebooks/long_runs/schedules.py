@@ -1,35 +1,61 @@
-"""The long version of notebook 7: ``python -m cnn_pruning.schedules 0 1 2``.
+"""The long version of notebook 7.
 
-It takes about ten minutes a seed on two cores and writes two tables: ``notebooks/schedules.csv``,
-a row for each network on the way (which filters went, what it costs, its validation accuracy before
-any final fine-tuning), and ``notebooks/operating_points.csv``, networks fine-tuned at three sizes.
+    uv run python notebooks/long_runs/schedules.py
+
+takes about half an hour on two cores and writes two tables: schedules.csv, a row for each network
+on the way (which filters went, what it costs, its validation accuracy before any final
+fine-tuning), and operating_points.csv, networks fine-tuned at three sizes.
 """
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import pandas as pd
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, fit, tracking
+from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, filter_scores, fit, normalize
+from cnn_pruning.baseline import baseline
 from cnn_pruning.iterative import Step, prune_iteratively
 from cnn_pruning.measure import count_macs
-from cnn_pruning.paths import ROOT
 
+try:
+    from long_runs import whole_tables
+except ImportError:  # run as a program
+    import whole_tables
+
+SEEDS = (0, 1, 2)  # of the documented run
 BASELINE = {"channels": (8, 16), "epochs": 3, "batch_size": 128, "lr": 3e-3}
 UPDATES = 30
+OTHER_UPDATES = (0, 10, 100)  # for Taylor and chance
 TRAINING = {"batch_size": 128, "lr": 1e-3}
 FINE_TUNE = {"epochs": 1, "batch_size": 128, "lr": 1e-3}
 SHARES = (0.75, 0.5, 0.25)  # of the baseline's MACs
-METHODS = {
-    "taylor": {"criterion": "taylor"},
-    "oracle": {"criterion": "oracle", "score_batches": 8, "normalize": False},
-    "weight": {"criterion": "weight"},
-    "activation mean": {"criterion": "activation_mean"},
-    "APoZ": {"criterion": "apoz"},
-    "random": {"criterion": "random", "normalize": False},
+ORACLE_BATCHES = 8  # of the batch size of TRAINING
+CRITERIA = {
+    "taylor": "taylor",
+    "oracle": "oracle_abs",
+    "weight": "weight",
+    "activation mean": "activation_mean",
+    "APoZ": "apoz",
+    "random": "random",
 }
+LIKE_TAYLOR = "random, like taylor"
+WAY = whole_tables.FOLDER / "schedules.csv"
+POINTS = whole_tables.FOLDER / "operating_points.csv"
+
+
+def settings(seeds: list[int]) -> dict:
+    return {
+        "seeds": [*seeds],
+        "baseline": BASELINE | {"channels": [*BASELINE["channels"]]},
+        "updates": UPDATES,
+        "other_updates": [*OTHER_UPDATES],
+        "training": TRAINING,
+        "fine_tune": FINE_TUNE,
+        "shares": [*SHARES],
+        "oracle_batches": ORACLE_BATCHES,
+        "criteria": CRITERIA,
+    }
 
 
 def schedule(
@@ -40,17 +66,45 @@ def schedule(
     ``"random, like taylor"`` takes, at each step, a random filter of the layer that the same step
     of ``like`` took one from.
     """
-    options = METHODS.get(method, METHODS["random"])
-    if method == "random, like taylor":
-        layers = iter([next(layer for layer, ks in s.removed.items() if ks) for s in like])
-        options = options | {"cost": lambda model: {next(layers): 1e3}, "cost_weight": 1.0}
-    if updates == 0 and method == "taylor":
-        options = options | {"score_batches": UPDATES}
+    options = {"criterion": CRITERIA.get(method, "random")}
+    if method == "oracle":
+        options = on_some(train, "oracle_abs", ORACLE_BATCHES, seed)
+    elif method == "taylor" and updates == 0:  # no pass in which the scores would come for free
+        options = on_some(train, "taylor", UPDATES, seed, normalize)
+    elif method == "random":
+        options["rescore"] = lambda network, scores: scores
+    elif method == LIKE_TAYLOR:
+        layers = [layer for step in like for layer, filters in step.removed.items() if filters]
+        options["rescore"] = only_of(iter(layers))
     torch.manual_seed(seed)  # for the random scores
     lowest = len(model.channels)
     return prune_iteratively(
         model, train, val, filters=lowest, updates=updates, seed=seed, **TRAINING, **options
     )
+
+
+def only_of(layers: Iterator[str]) -> Callable:
+    """Leave, at each step, the scores of one layer: no other layer can lose a filter then."""
+
+    def rescore(network: nn.Module, scores: dict) -> dict:
+        layer = next(layers)
+        return {layer: scores[layer]}
+
+    return rescore
+
+
+def on_some(
+    train, criterion: str, mini_batches: int, seed: int, then: Callable = lambda scores: scores
+) -> dict:
+    """Options with which each step scores on its own random part of the training images."""
+    generator = torch.Generator().manual_seed(seed)
+    size = mini_batches * TRAINING["batch_size"]
+
+    def rescore(network: nn.Module, _) -> dict:
+        some = torch.randperm(len(train), generator=generator)[:size]
+        return then(filter_scores(network, TensorDataset(*train[some]), criterion))
+
+    return {"criterion": "weight", "rescore": rescore}  # weights cost nothing, and aren't used
 
 
 def row(step: Step, **labels) -> dict:
@@ -66,8 +120,8 @@ def row(step: Step, **labels) -> dict:
 
 def on_the_way(model: CNN, train, val, seed: int) -> tuple[list[dict], dict[str, list[Step]]]:
     rows, found = [], {}
-    plan = [(method, UPDATES) for method in (*METHODS, "random, like taylor")]
-    plan += [(method, updates) for method in ("taylor", "random") for updates in (0, 10, 100)]
+    plan = [(method, UPDATES) for method in (*CRITERIA, LIKE_TAYLOR)]
+    plan += [(method, updates) for method in ("taylor", "random") for updates in OTHER_UPDATES]
     for method, updates in plan:
         steps = list(schedule(model, train, val, method, updates, seed, found.get("taylor", ())))
         if updates == UPDATES:
@@ -140,13 +194,18 @@ def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]
     return rows
 
 
-if __name__ == "__main__":
+def main(given: list[str] | None = None) -> None:
+    seeds, folder = whole_tables.arguments(__doc__, SEEDS, given)
     splits = fashion_mnist()
     steps, points = [], []
-    for seed in map(int, sys.argv[1:]):
-        model, _ = tracking.baseline(*splits, seed=seed, **BASELINE)
+    for seed in seeds:
+        model, _ = baseline(*splits, seed=seed, **BASELINE)
         rows, found = on_the_way(model, *splits[:2], seed)
         steps += rows
         points += fine_tuned(model, splits, seed, found)
-    pd.DataFrame(steps).to_csv(ROOT / "notebooks" / "schedules.csv", index=False)
-    pd.DataFrame(points).to_csv(ROOT / "notebooks" / "operating_points.csv", index=False)
+    tables = {folder / WAY.name: steps, folder / POINTS.name: points}
+    whole_tables.write(tables, settings(seeds))
+
+
+if __name__ == "__main__":
+    main()

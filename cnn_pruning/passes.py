@@ -1,0 +1,152 @@
+"""The ground floor: one pass of a batch through a network, and checks of what is handed in."""
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+Cost = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, labels) of a batch to what each of its N examples costs, (N,)."""
+
+
+@contextmanager
+def training_flags(model: nn.Module) -> Iterator[None]:
+    """Restore the training flag of every module of ``model`` at the end of the block."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """``model`` is in evaluation mode for the block; its training flags are restored after it."""
+    with training_flags(model):
+        model.eval()
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the parameters of ``model``, to which the data are moved.
+
+    Raises ``TypeError`` if ``model`` isn't an ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model must be an nn.Module, but it is a {type(model).__name__}.")
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def outputs_of(
+    model: nn.Module, images: Tensor, forward: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return what ``model``, or ``forward`` in its place, puts out for a batch of images.
+
+    Raises ``ValueError`` if the network fails on it, with the reason in one sentence.
+    """
+    try:
+        return (forward or model)(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        kind = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
+        weights = next((str(p.dtype) for p in model.parameters()), "").removeprefix("torch.")
+        raise ValueError(
+            f"The network can't take a batch of {kind} images ({_first_line(error)}): check their "
+            f"shape, (N, channels, height, width), and their dtype; its weights are {weights}."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")[:200]
+
+
+def summed_loss(outputs: Tensor, labels: Tensor, cost: Cost | None = None) -> Tensor:
+    """Return the cross-entropy (nats), summed over the examples, at least in float32.
+
+    ``outputs`` are logits (N, classes), and ``labels`` are int64 (N,), from 0 to classes - 1. With
+    ``cost``, what each example costs is ``cost(outputs, labels)``, (N,), instead.
+
+    Raises ``ValueError`` for other outputs, labels or costs, and for outputs that are
+    probabilities, of which the cross-entropy would take the softmax once more.
+    """
+    if cost is not None:
+        each = cost(outputs, labels)
+        shape = tuple(getattr(each, "shape", ()))
+        if not isinstance(each, Tensor) or shape != (len(labels),):
+            raise ValueError(
+                f"The cost must return a tensor ({len(labels)},), one number for each example, but "
+                f"it returned a {type(each).__name__} {shape}."
+            )
+        return each.sum()
+    check_labels(outputs, labels)
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    if outputs.shape[1] > 1 and outputs.detach().amin() >= 0:
+        if (outputs.detach().sum(1) - 1).abs().max() < 1e-5:
+            raise ValueError(
+                "The network's outputs are probabilities (each row sums to 1), but cross-entropy "
+                "takes logits: leave out the softmax at the end, or use nn.LogSoftmax."
+            )
+    return cross_entropy(outputs, labels, reduction="sum")
+
+
+def check_labels(outputs: Tensor, labels: Tensor) -> None:
+    """Raise ``ValueError`` unless there are logits (N, classes) and a label for each example."""
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"The network must return logits, a tensor (N, classes), but it returned a "
+            f"{type(outputs).__name__}: hand in a network that returns the logits alone."
+        )
+    if outputs.dim() != 2:
+        raise ValueError(
+            f"The network must return logits (N, classes), but it returned {tuple(outputs.shape)}: "
+            "let it end in nn.Flatten or nn.Linear, or give a cost of your own."
+        )
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"The labels must be integers, but the first one is {labels[0]!r}: number the classes."
+        )
+    if labels.shape != outputs.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"The labels must be int64 ({len(outputs)},), but they are "
+            f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}."
+        )
+    low, high = labels.aminmax()
+    if low < 0 or high >= outputs.shape[1]:  # cross_entropy would skip a label of -100
+        raise ValueError(
+            f"The labels must be from 0 to {outputs.shape[1] - 1}, one for each output of the "
+            f"network, but they go from {low} to {high}."
+        )
+
+
+def index(value: object) -> int:
+    """Return ``value`` as an integer, numpy's too; a boolean or 3.0 is a ``TypeError``."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError(f"{value!r} is a boolean.")
+    return operator.index(value)
+
+
+def integer(name: str, value: object, lowest: int) -> int:
+    """Return ``value`` as an integer of ``lowest`` or more; else a ``ValueError`` with ``name``."""
+    try:
+        number = index(value)
+        if number >= lowest:
+            return number
+    except (TypeError, ValueError):
+        pass
+    kind = "a positive integer" if lowest == 1 else f"an integer of {lowest} or more"
+    raise ValueError(f"{name} must be {kind}, but it is {value!r}.")
+
+
+def positive(name: str, value: object) -> float:
+    """Return ``value`` as a finite number above 0; else a ``ValueError`` with ``name``."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"{name} must be a positive number, but it is {value!r}.")

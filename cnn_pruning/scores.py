@@ -1,0 +1,107 @@
+"""Scores of filters: made comparable, and the lowest of them selected."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cnn_pruning.passes import integer
+
+Scores = dict[str, Tensor]
+"""The score of each filter (K,), high for a filter that matters, by name of convolution."""
+
+Filters = dict[str, list[int]]
+"""Indices of filters, by name of convolution."""
+
+
+def normalize(scores: Scores) -> Scores:
+    """Divide the scores of every layer, (K,), by their l2 norm, so that layers can be compared.
+
+    A layer whose scores are all zero keeps its zeros.
+
+    Raises ``TypeError`` for what aren't scores.
+
+    Source: Molchanov et al. 2017, section 2.2.
+    """
+    normalized = {}
+    for layer, values in _checked(scores).items():
+        norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares underflow in float32
+        normalized[layer] = (values.double() / norm).to(values.dtype) if norm > 0 else values
+    return normalized
+
+
+def select_filters(
+    scores: Scores, n: int, min_filters: int = 1, keep: Iterable[str] = ()
+) -> Filters:
+    """Return the ``n`` filters with the lowest scores over all layers: sorted indices by layer.
+
+    ``scores`` are compared as they are: hand in ``normalize(scores)`` to compare layers on one
+    scale, or subtract a cost. Every layer keeps at least ``min_filters``; the layers named in
+    ``keep`` lose none. Equal scores go by layer, then by index.
+
+    Raises ``ValueError`` if exactly ``n`` filters can't be taken, if a score isn't finite or if
+    ``keep`` names another layer, and ``TypeError`` for what aren't scores.
+    """
+    scores = _checked(scores)
+    for layer, values in scores.items():
+        if not values.isfinite().all():
+            raise ValueError(
+                f"{layer} has scores that are not finite ({values.tolist()}): check the "
+                "network's weights and the images."
+            )
+    spare = spare_filters({name: len(v) for name, v in scores.items()}, min_filters, keep)
+    most = sum(spare.values())
+    room = ", ".join(f"{count} of {layer}" for layer, count in spare.items())
+    try:
+        left = integer("n", n, 0)
+    except ValueError:
+        left = most + 1
+    if left > most:
+        raise ValueError(
+            f"Can't remove {n!r} filters: with min_filters={min_filters} it must be an integer "
+            f"from 0 to {most} ({room or 'there are no layers'})."
+        )
+    ranking = sorted(  # stable, so ties stay in the order of the layers
+        ((value, layer, k) for layer in scores for k, value in enumerate(scores[layer].tolist())),
+        key=lambda entry: entry[0],
+    )
+    selected: Filters = {layer: [] for layer in scores}
+    for _, layer, k in ranking:
+        if left and len(selected[layer]) < spare[layer]:
+            selected[layer].append(k)
+            left -= 1
+    return {layer: sorted(indices) for layer, indices in selected.items()}
+
+
+def spare_filters(
+    widths: dict[str, int], min_filters: int = 1, keep: Iterable[str] = ()
+) -> dict[str, int]:
+    """Return how many filters each layer can lose, of ``widths`` filters.
+
+    Raises ``ValueError`` for ``min_filters`` below 1 or a name in ``keep`` that isn't a layer.
+    """
+    least = integer("min_filters", min_filters, 1)
+    kept = {keep} if isinstance(keep, str) else set(keep)
+    unknown = sorted(map(str, kept - widths.keys()))
+    if unknown:
+        raise ValueError(
+            f"keep names {', '.join(unknown)}, but the layers are {', '.join(widths) or 'none'}."
+        )
+    return {layer: 0 if layer in kept else max(0, count - least) for layer, count in widths.items()}
+
+
+def _checked(scores: Scores) -> Scores:
+    if not isinstance(scores, dict):
+        raise TypeError(
+            "Scores must be {layer: tensor (filters,)}, as filter_scores returns them, but they "
+            f"are a {type(scores).__name__}."
+        )
+    for layer, values in scores.items():
+        if not isinstance(values, Tensor) or values.dim() != 1 or values.dtype == torch.bool:
+            kind = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else ""
+            raise TypeError(
+                f"The scores of {layer} must be a tensor of numbers (filters,), but they are a "
+                f"{type(values).__name__} {kind}".rstrip()
+                + "."
+            )
+    return scores

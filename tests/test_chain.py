@@ -1,0 +1,382 @@
+"""What is a chain is decided by what is computed, not by how it is written."""
+
+import copy
+import random
+import warnings
+
+import pytest
+import torch
+import torchvision
+from networks import Written, assert_same, asserting, state_of
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from cnn_pruning import TaylorPruner, filter_scores, mask_filters, operations, remove_filters
+from cnn_pruning.chain import read_chain
+from cnn_pruning.operations import Kind
+
+
+def data(size=4, shape=(1, 8, 8), classes=3):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(size, *shape, generator=generator)
+    return TensorDataset(images, torch.arange(size) % classes)
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer; ``how`` is what happens in between."""
+
+    def __init__(self, how, size=4 * 8 * 8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(1, 5, 3, padding=1)
+        self.second = nn.Conv2d(5, 4, 3, padding=1)
+        self.head = nn.Linear(size, 3)
+        self.how = how
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+def check_exact(model, images):
+    """Each layer's first filter scored, masked and removed; masked = removed; trained again."""
+    labels = torch.arange(len(images)) % 3
+    scores = filter_scores(model, TensorDataset(images, labels))
+    gone = {layer: [0] for layer in scores}
+    model.eval()
+    with torch.no_grad(), mask_filters(model, gone):
+        masked = model(images)
+    small = remove_filters(model, gone)
+    torch.testing.assert_close(small(images), masked)
+    F.cross_entropy(small.train()(images), labels).backward()
+    return list(scores)
+
+
+def flatten(x):
+    return torch.flatten(x, 1)
+
+
+WAYS = {
+    "functions": (lambda m, x: m.head(flatten(F.relu(m.second(F.relu(m.first(x)))))), 256),
+    "view": (lambda m, x: m.head((z := m.second(m.first(x).relu())).view(z.size(0), -1)), 256),
+    "view of the input's size": (
+        lambda m, x: m.head(m.second(m.first(x).relu()).view(x.size(0), -1)),
+        256,
+    ),
+    "view of what unpacking gave": (
+        lambda m, x: (lambda z, n, c, h, w: m.head(z.view(n, c * h * w)))(
+            *(lambda z: (z, *unpack(z)))(m.second(m.first(x)))
+        ),
+        256,
+    ),
+    "reshape": (lambda m, x: m.head((z := m.second(m.first(x))).reshape((z.shape[0], -1))), 256),
+    "pooling by functions": (
+        lambda m, x: m.head(
+            flatten(F.adaptive_avg_pool2d(F.relu(m.second(F.max_pool2d(F.relu(m.first(x)), 2))), 1))
+        ),
+        4,
+    ),
+    "pooling over the whole map": (
+        lambda m, x: m.head(flatten(F.avg_pool2d(z := m.second(m.first(x)), z.size()[2:]))),
+        4,
+    ),
+    "mean over both axes": (lambda m, x: m.head(F.silu(m.second(m.first(x))).mean((2, 3))), 4),
+    "mean that keeps the axes": (
+        lambda m, x: m.head(flatten(torch.mean(m.second(m.first(x)), (-2, -1), keepdim=True))),
+        4,
+    ),
+    "operators": (lambda m, x: m.head(flatten(m.second(0.5 * m.first(x) ** 2 + 1) / 2)), 256),
+    "log softmax": (lambda m, x: F.log_softmax(m.head(flatten(m.second(m.first(x)))), dim=1), 256),
+    "dropout": (
+        lambda m, x: m.head(
+            flatten(
+                F.dropout(F.relu(m.second(F.dropout2d(m.first(x), 0.5, m.training))), 0.5, False)
+            )
+        ),
+        256,
+    ),
+    "normalized input": (lambda m, x: m.head(flatten(m.second(m.first((x - 0.3) / 0.4)))), 256),
+    "moved input": (
+        lambda m, x: m.head((z := m.second(m.first(x.view(-1, 1, 8, 8)))).view(z.size(0), -1)),
+        256,
+    ),
+    "padding": (lambda m, x: m.head(flatten(m.second(F.pad(m.first(x), (1, 1, 1, 1))))), 400),
+    "a tail that is no chain": (
+        lambda m, x: (y := m.head(flatten(m.second(m.first(x))))) + y.tanh(),
+        256,
+    ),
+}
+
+
+def unpack(z):
+    n, c, h, w = z.shape
+    return n, c, h, w
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_network_computes_is_read_however_it_is_written(way):
+    how, size = WAYS[way]
+    assert check_exact(Net(how, size), data().tensors[0]) == ["first", "second"]
+
+
+class ReadsTwoArguments(Net):
+    def forward(self, x, features=False, *, labels=None):
+        z = self.second(self.first(x))
+        if features:
+            return z
+        y = self.head(flatten(z))
+        return y if labels is None else F.cross_entropy(y, labels)
+
+
+def test_optional_arguments_take_their_defaults():
+    assert check_exact(ReadsTwoArguments(None), data().tensors[0]) == ["first", "second"]
+
+
+def test_an_assert_is_not_in_the_way():
+    assert check_exact(Net(asserting), data().tensors[0]) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (torchvision.models.alexnet(num_classes=3), 64),
+        (torchvision.models.vgg11(num_classes=3), 32),
+        (torchvision.models.vgg11_bn(num_classes=3), 32),
+    ],
+    ids=["alexnet", "vgg11", "vgg11_bn"],
+)
+def test_the_papers_networks_are_chains(model, size):
+    torch.manual_seed(0)
+    model = model.eval()
+    images = torch.rand(2, 3, size, size)
+    links = read_chain(model).links
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert list(links) == convolutions
+    gone = {layer: [0, 3] for layer in links}
+    with torch.no_grad(), mask_filters(model, gone):
+        masked = model(images)
+    with torch.no_grad():
+        torch.testing.assert_close(remove_filters(model, gone)(images), masked)
+
+
+def probe(kind):
+    special = {
+        nn.AdaptiveAvgPool2d: (2,),
+        nn.AdaptiveMaxPool2d: (2,),
+        nn.AvgPool2d: (2,),
+        nn.MaxPool2d: (2,),
+        nn.Threshold: (0.1, 0.0),
+        nn.ZeroPad2d: (1,),
+        nn.BatchNorm2d: (4,),
+        nn.Upsample: (None, 2),
+    }
+    return kind(*special.get(kind, ()))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k for k in operations.MODULES if k not in (nn.Linear, nn.Flatten, nn.BatchNorm1d)],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_layer_that_is_known_can_stand_between_convolution_and_consumer(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), probe(kind), nn.Conv2d(4, 3, 1), nn.Tanh(), nn.Flatten()
+    )
+    with torch.no_grad():
+        size = model(torch.rand(1, 1, 8, 8)).shape[1]
+    check_exact(model.append(nn.Linear(size, 3)), data().tensors[0])
+    keeps_zeros = operations.MODULES[kind] in (Kind.NOTHING, Kind.PASSIVE)
+    zeros = torch.zeros(1, 4, 6, 6)
+    if keeps_zeros:
+        assert not probe(kind).eval()(zeros).any()
+
+
+def test_batch_norm_behind_a_flatten_loses_the_block_of_each_filter():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4 * 36)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), norm, nn.ReLU()), nn.Linear(144, 3)
+    )
+    check_exact(model, data().tensors[0])
+    assert remove_filters(model, {"0": [1]})[3].num_features == 3 * 36
+
+
+def test_a_copy_keeps_the_layout_of_its_weights():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 3)
+    )
+    for layout in (torch.contiguous_format, torch.channels_last):
+        small = remove_filters(model.to(memory_format=layout), {"0": [1], "2": [0]})
+        assert all(small[i].weight.is_contiguous(memory_format=layout) for i in (0, 2))
+
+
+# What can't be read is refused, by the sentence that says what to write instead
+
+
+class Auxiliary(Net):
+    def forward(self, x):
+        z = self.second(self.first(x))
+        y = self.head(flatten(z))
+        return y + z.mean() if self.training else y
+
+
+class DropsInTraining(Net):
+    def forward(self, x):
+        z = self.second(F.relu(self.first(x)))
+        if self.training:
+            z = F.dropout(z)
+        return self.head(flatten(z))
+
+
+REFUSED = {
+    "a constant": (lambda m, x: m.head(m.second(m.first(x)).view(-1, 256)), "flatten"),
+    "constants": (lambda m, x: m.head(m.second(m.first(x)).reshape(4, 256)), "flatten"),
+    "frames": (
+        lambda m, x: m.head(m.second(m.first(x.view(-1, 1, 8, 8))).view(x.size(0), -1)),
+        "flatten",
+    ),
+    "everything": (lambda m, x: m.head(torch.flatten(m.second(m.first(x)))), "flatten"),
+    "mean over channels": (lambda m, x: m.head(m.second(m.first(x)).mean(1)), "AdaptiveAvgPool2d"),
+    "computed shapes": (lambda m, x: m.head(m.second(m.first(x)).view(len(x), -1)), "flatten"),
+    "divided by the channels": (
+        lambda m, x: m.head(flatten(m.second((z := m.first(x)) / z.size(1)))),
+        "^truediv computes with the shape",
+    ),
+    "a skip": (
+        lambda m, x: m.head(flatten(m.second((z := m.first(x)) + z.relu()))),
+        "Torch-Pruning",
+    ),
+    "softmax inside": (lambda m, x: m.head(flatten(m.second(m.first(x).softmax(1)))), "^softmax"),
+    "features as well": (
+        lambda m, x: (m.head(flatten(z := m.second(m.first(x)))), z),
+        "^output uses what another layer uses",
+    ),
+    "functional convolution": (
+        lambda m, x: m.head(flatten(F.conv2d(m.first(x), m.second.weight, padding=1))),
+        "conv2d",
+    ),
+    "padding with ones": (
+        lambda m, x: m.head(flatten(m.second(F.pad(m.first(x), (1, 1), value=1.0)))),
+        "^pad",
+    ),
+    "control flow": (
+        lambda m, x: m.head(flatten(m.second(m.first(x) if x.sum() > 0 else m.first(-x)))),
+        "control flow",
+    ),
+}
+
+
+def uses(model, some):
+    return (
+        lambda: TaylorPruner(model),
+        lambda: filter_scores(model, some),
+        lambda: remove_filters(model, {"first": [0]}),
+        lambda: mask_filters(model, {"first": [0]}).__enter__(),
+    )
+
+
+@pytest.mark.parametrize("way", REFUSED)
+def test_what_cannot_be_read_is_refused_with_what_to_write(way):
+    how, message = REFUSED[way]
+    model = Net(how)
+    before = state_of(model)
+    for use in uses(model, data()):
+        with pytest.raises(TypeError, match=message):
+            use()
+    assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, DropsInTraining])
+def test_another_way_in_training_is_refused(kind):
+    for use in uses(kind(None), data()):
+        with pytest.raises(TypeError, match=r"[Ii]n training"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(24, 3)), "^0 is a Conv1d"),
+        (nn.Sequential(nn.Conv3d(1, 4, 3), nn.Flatten(), nn.Linear(24, 3)), "^0 is a Conv3d"),
+        (nn.Sequential(nn.ConvTranspose2d(1, 1, 3), nn.Conv2d(1, 4, 3)), "^0 is a ConvTr"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "no Conv2d"),
+        (nn.Linear(4, 3), "no Conv2d"),
+        (nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(3)), "^0 is a LazyConv2d"),
+        (nn.DataParallel(Net(WAYS["functions"][0])), r"model\.module"),
+        (torch.compile(Net(WAYS["functions"][0])), r"model\._orig_mod"),
+        ("resnet18", "nn.Module"),
+        ({"first": 1}, "nn.Module"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_what_has_no_filters_to_prune_is_refused(model, message):
+    for use in uses(model, data()):
+        with pytest.raises(TypeError, match=message):
+            use()
+
+
+def test_a_traced_network_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Net(WAYS["functions"][0]).eval(), data().tensors[0])
+    with pytest.raises(TypeError, match="traced from"):
+        filter_scores(traced, data())
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(1), lambda: F.softmax])
+def test_a_softmax_at_the_end_is_refused_unless_the_cost_is_ones_own(last):
+    layer = last if isinstance(last, nn.Module) else None
+    model = Net(
+        lambda m, x: (layer or (lambda y: F.softmax(y, 1)))(m.head(flatten(m.second(m.first(x)))))
+    )
+    model.last = layer
+    for use in (lambda: TaylorPruner(model), lambda: filter_scores(model, data())):
+        with pytest.raises(TypeError, match=r"softmax .*logits"):
+            use()
+
+    def cost(outputs, labels):
+        return -outputs.log().gather(1, labels[:, None])[:, 0]
+
+    logits = Net(WAYS["functions"][0])
+    logits.how = lambda m, x: m.head(flatten(m.second(m.first(x))))
+    logits.load_state_dict(model.state_dict())
+    # The same loss by another way: only rounding differs.
+    torch.testing.assert_close(
+        filter_scores(model, data(), cost=cost), filter_scores(logits, data()), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_network_compiled_in_place_is_scored_as_before():
+    model = Net(WAYS["functions"][0])
+    expected = filter_scores(model, data())
+    model.compile(backend="eager")
+    model(data().tensors[0])
+    assert_same(filter_scores(model, data()), expected)
+    with torch.no_grad(), mask_filters(model, {"first": [0]}):
+        masked = model(data().tensors[0])
+    torch.testing.assert_close(remove_filters(model, {"first": [0]})(data().tensors[0]), masked)
+
+
+def test_a_hook_that_hides_a_feature_map_is_an_error():
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()), nn.Linear(144, 3)
+    )
+    model[1].register_forward_hook(lambda module, inputs, output: torch.ones(output.shape))
+    with pytest.raises(TypeError, match=r"feature maps of 0 .*hooks"):
+        filter_scores(model, data())
+
+
+def test_written_and_plain_networks_have_the_same_scores():
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3)),
+        *(nn.Tanh(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(5, 3)),
+    )
+    expected = filter_scores(plain, data())
+    for seed in range(8):
+        written = Written(copy.deepcopy(list(plain)), random.Random(seed))
+        scores = filter_scores(written, data())
+        torch.testing.assert_close(list(scores.values()), list(expected.values()))

@@ -1,0 +1,259 @@
+"""The programs that take hours, and the tables and pictures that they leave."""
+
+import pandas as pd
+import pytest
+import torch
+from long_runs import pictures, schedules, seeds, whole_tables
+from torch.utils.data import TensorDataset
+
+from cnn_pruning import CNN, filter_scores
+from cnn_pruning.paths import ROOT
+
+PROGRAMS = pytest.mark.parametrize("program", [seeds, schedules], ids=["seeds", "schedules"])
+TABLES = {seeds.TABLE: seeds, schedules.WAY: schedules, schedules.POINTS: schedules}
+EACH_TABLE = pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+
+
+def dataset(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(size, 1, 28, 28, generator=generator)
+    return TensorDataset(images, torch.randint(10, (size,), generator=generator))
+
+
+TRAIN, VAL = dataset(48), dataset(20, seed=1)
+
+
+def network(channels=(3, 4)):
+    torch.manual_seed(0)
+    return CNN(channels)
+
+
+def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
+    """Let ``program`` make the rows of ``rows(seed)``, in no time; it stops at seed ``fail_at``."""
+
+    def make(seed):
+        if seed == fail_at:
+            raise error
+        return rows(seed)
+
+    monkeypatch.setattr(program, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
+    if program is seeds:
+        monkeypatch.setattr(seeds, "compare", lambda seed, splits: make(seed))
+        return
+    monkeypatch.setattr(schedules, "baseline", lambda *_, seed, **__: (seed, "run"))
+    monkeypatch.setattr(
+        schedules, "on_the_way", lambda model, train, val, seed: (rows(seed), {"taylor": []})
+    )
+    # The second table fails: the first must not be replaced alone.
+    monkeypatch.setattr(schedules, "fine_tuned", lambda model, splits, seed, found: make(seed))
+
+
+def tables_of(program):
+    return [path.name for path, owner in TABLES.items() if owner is program]
+
+
+def row(seed):
+    return [{"seed": seed, "accuracy": 0.5}]
+
+
+# Tables
+
+
+@EACH_TABLE
+def test_a_committed_table_is_that_of_the_documented_run_with_the_constants_of_its_program(path):
+    program = TABLES[path]
+    settings = whole_tables.read_settings(path)
+    assert settings == program.settings(program.SEEDS)
+    assert settings["seeds"] == list(program.SEEDS)
+    table = pd.read_csv(path, comment="#")
+    counts = table.groupby("seed").size()
+    assert list(counts.index) == list(program.SEEDS)
+    assert counts.nunique() == 1
+    assert not [name for name in table if name.startswith("Unnamed")]
+
+
+@PROGRAMS
+def test_without_arguments_it_is_the_documented_run(program, capsys):
+    assert whole_tables.arguments("", program.SEEDS, []) == (
+        list(program.SEEDS),
+        whole_tables.FOLDER,
+    )
+    words = [str(seed) for seed in reversed(program.SEEDS)]
+    assert whole_tables.arguments("", program.SEEDS, words)[0] == list(program.SEEDS)
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    assert end.value.code == 0
+    assert (
+        f"uv run python notebooks/long_runs/{tables_of(program)[0]}"[:-4] in capsys.readouterr()[0]
+    )
+
+
+@PROGRAMS
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["one"], "a seed is an integer of 0 or more, not 'one'"),
+        (["-1"], "-1"),
+        (["1.5"], "a seed is an integer of 0 or more, not '1.5'"),
+        (["1", "1", "--out", "elsewhere"], "name each seed once, not 1 1"),
+        (["7"], "name another folder with --out"),
+        (["7", "--out", str(whole_tables.FOLDER)], "name another folder with --out"),
+        (["--out", __file__], "can't be a folder"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_sentence_before_anything_is_read(
+    program, given, sentence, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "fashion_mnist", lambda: pytest.fail("it has begun"))
+    before = {path: path.read_bytes() for path in TABLES}
+    with pytest.raises(SystemExit) as end:
+        program.main(given)
+    assert end.value.code == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert sentence in last
+    assert {path: path.read_bytes() for path in TABLES} == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@PROGRAMS
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_stops_midway_leaves_the_old_tables(program, error, monkeypatch, tmp_path):
+    for name in tables_of(program):
+        (tmp_path / name).write_bytes(b"the old table\n")
+    fast(program, monkeypatch, row, fail_at=1, error=error)
+    with pytest.raises(error):
+        program.main(["0", "1", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tables_of(program))
+    for name in tables_of(program):
+        assert (tmp_path / name).read_bytes() == b"the old table\n"
+
+
+@PROGRAMS
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda seed: [],
+        lambda seed: row(seed)[seed:],  # the second seed has none
+        lambda seed: row(seed) * (1 + seed),  # the first one has fewer
+    ],
+    ids=["empty", "a seed missing", "rows missing"],
+)
+def test_a_table_that_is_not_whole_replaces_nothing(program, rows, monkeypatch, tmp_path):
+    for name in tables_of(program):
+        (tmp_path / name).write_bytes(b"the old table\n")
+    fast(program, monkeypatch, rows)
+    with pytest.raises(ValueError, match="isn't whole"):
+        program.main(["0", "1", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tables_of(program))
+    for name in tables_of(program):
+        assert (tmp_path / name).read_bytes() == b"the old table\n"
+
+
+@PROGRAMS
+def test_a_disk_that_is_full_leaves_the_old_tables(program, monkeypatch, tmp_path):
+    for name in tables_of(program):
+        (tmp_path / name).write_bytes(b"the old table\n")
+    fast(program, monkeypatch, row)
+
+    def half(self, file, **_):
+        file.write("seed,accu")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    with pytest.raises(OSError, match="No space"):
+        program.main(["0", "1", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tables_of(program))
+    for name in tables_of(program):
+        assert (tmp_path / name).read_bytes() == b"the old table\n"
+
+
+@PROGRAMS
+def test_a_whole_run_writes_its_tables_with_its_settings(program, monkeypatch, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    fast(program, monkeypatch, row)
+    before = {path: path.read_bytes() for path in TABLES}
+    program.main(["8", "7", "--out", str(folder)])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(tables_of(program))
+    for path in folder.iterdir():
+        assert whole_tables.read_settings(path) == program.settings([7, 8])
+        expected = pd.DataFrame(row(7) + row(8))
+        pd.testing.assert_frame_equal(pd.read_csv(path, comment="#"), expected)
+    assert {path: path.read_bytes() for path in TABLES} == before
+
+
+@PROGRAMS
+def test_the_documented_run_replaces_the_tables_beside_the_program(program, monkeypatch, tmp_path):
+    monkeypatch.setattr(whole_tables, "FOLDER", tmp_path)
+    fast(program, monkeypatch, row)
+    program.main([])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tables_of(program))
+    for path in tmp_path.iterdir():
+        assert whole_tables.read_settings(path) == program.settings(program.SEEDS)
+
+
+# Schedules
+
+
+def removed(steps):
+    """The one filter of each step, with its layer."""
+    found = [[(layer, k) for layer, ks in s.removed.items() for k in ks] for s in steps]
+    return [filter for (filter,) in found]
+
+
+def test_random_like_taylor_takes_other_filters_of_the_same_layers():
+    model = network((6, 8))
+    like = list(schedules.schedule(model, TRAIN, VAL, "taylor", 1, seed=0))
+    control = list(schedules.schedule(model, TRAIN, VAL, schedules.LIKE_TAYLOR, 1, 0, like))
+    assert [layer for layer, _ in removed(control)] == [layer for layer, _ in removed(like)]
+    assert removed(control) != removed(like)
+    assert control[-1].model.channels == (1, 1)
+
+
+@pytest.mark.parametrize("method", [*schedules.CRITERIA, schedules.LIKE_TAYLOR])
+@pytest.mark.parametrize("updates", [0, 1])
+def test_every_schedule_goes_down_to_one_filter_a_layer_and_is_the_same_again(method, updates):
+    model = network()
+    like = list(schedules.schedule(model, TRAIN, VAL, "taylor", updates, seed=0))
+    first, again = (
+        removed(schedules.schedule(model, TRAIN, VAL, method, updates, 0, like)) for _ in range(2)
+    )
+    assert first == again
+    assert len(set(first)) == len(first) == 5
+
+
+@pytest.mark.parametrize("method", ["random", schedules.LIKE_TAYLOR])
+def test_what_chance_removes_does_not_depend_on_the_images(method):
+    model, other = network((6, 8)), dataset(48, seed=2)
+    like = list(schedules.schedule(model, TRAIN, VAL, "taylor", 1, seed=0))
+    one, two = (
+        removed(schedules.schedule(model, images, VAL, method, 1, 0, like))
+        for images in (TRAIN, other)
+    )
+    assert one == two
+    assert one != removed(schedules.schedule(model, TRAIN, VAL, method, 1, 1, like))
+
+
+def test_the_first_removal_of_the_oracle_is_that_of_the_smallest_change_without_normalization():
+    model = network((6, 8))  # all 48 images are the random part: fewer than eight mini-batches
+    (first, *_) = removed(schedules.schedule(model, TRAIN, VAL, "oracle", 0, seed=0))
+    scores = filter_scores(model, TRAIN, "oracle_abs")
+    lowest = min((value, layer, k) for layer in scores for k, value in enumerate(scores[layer]))
+    assert first == lowest[1:]
+
+
+# Pictures
+
+
+def test_the_pictures_of_the_readme_are_those_of_the_notebooks():
+    stored = {path.stem: path.read_bytes() for path in pictures.PICTURES.iterdir()}
+    drawn = pictures.tagged()
+    assert {*stored} == {*drawn, "overview"}
+    for name, picture in drawn.items():
+        assert stored[name] == picture, f"{name}: run notebooks/long_runs/pictures.py"
+
+
+def test_every_picture_is_shown_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for path in pictures.PICTURES.iterdir():
+        assert f"](notebooks/pictures/{path.name})" in readme
