@@ -1,4 +1,4 @@
-"""The trained network that the notebooks prune: read from the tracking store, or trained."""
+"""The trained network that the notebooks share, found in MLflow or trained and logged there."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,39 @@ from cnn_pruning import tracking
 from cnn_pruning.data import batches
 from cnn_pruning.model import CNN
 from cnn_pruning.training import Row, check_settings, evaluate, fit
+
+
+def fit_and_log(
+    model: CNN,
+    train: TensorDataset,
+    val: TensorDataset,
+    test: TensorDataset,
+    on_epoch: Callable[[Row], None] | None = None,
+    **settings: int | float,
+) -> list[Row]:
+    """Train ``model`` with ``fit`` and log everything to the active run; return the history.
+
+    The settings are those of ``fit``. They are logged as parameters, together with the channels.
+    ``train_loss``, ``val_loss`` and ``val_accuracy`` are logged after each epoch. At the end,
+    ``test_loss`` and ``test_accuracy``, the learning curves, the summary and the network are logged.
+    """
+    from cnn_pruning import plots
+
+    def log(row: Row) -> None:
+        values = {name: value for name, value in row.items() if name != "epoch"}
+        tracking.log_metrics(values, row["epoch"])
+        if on_epoch:
+            on_epoch(row)
+
+    tracking.log_settings({"channels": model.channels, **settings})
+    for name, data in (("train", train), ("validation", val), ("test", test)):
+        tracking.log_data(name, data)
+    history = fit(model, train, val, on_epoch=log, **settings)
+    test_loss, test_accuracy = evaluate(model, test)
+    tracking.log_metrics({"test_loss": test_loss, "test_accuracy": test_accuracy})
+    tracking.log_figure("training.png", plots.curves({"network": history}, "Training"))
+    tracking.log_network(model)
+    return history
 
 
 def baseline(
@@ -23,59 +56,32 @@ def baseline(
 ) -> tuple[CNN, str]:
     """Return the network trained with these settings, on the CPU, and the id of its run.
 
-    It is read from the newest finished run with the same settings and training data. If there is
-    none, or its network can't be read, the network is trained and logged. ``seed`` draws the first
-    weights as well as the order of the mini-batches, and leaves the caller's random numbers as they
-    are; the other settings are those of ``fit``.
+    The network is read from the newest finished run with the same settings and training data. If
+    there is no such run, or its network can't be read, the network is trained and logged.
 
-    Raises ``ValueError`` for settings that ``fit`` can't use, before there is a run.
+    ``seed`` decides the first weights as well as the order of the mini-batches. The caller's random
+    numbers are untouched. The other settings are those of ``fit``.
+
+    Raises ``ValueError`` for settings that ``fit`` can't use, and what ``batches`` raises for data
+    that can't be used, both before a run starts. Raises what ``tracking.connect`` raises.
     """
-    check_settings(epochs, lr, seed)
+    epochs, lr, seed = check_settings(epochs, lr, seed)
     for data in (train, val, test):
         batches(data, batch_size)  # raises if it is empty
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CNN(channels)
     settings = {"seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-    for run_id in tracking.find_baselines({"channels": tuple(channels), **settings}, train):
+
+    tracking.connect()
+    for run_id in tracking.find_runs("baseline", {"channels": model.channels, **settings}, train):
         try:
             return tracking.load_network(run_id), run_id
-        except Exception:  # deleted, cut short, made by another version: train it again
+        except Exception:  # deleted, damaged, or written by another version: try an older run
             continue
+
     with tracking.run("cnn-pruning") as parent, tracking.run("train", parent.info.run_id) as active:
         fit_and_log(model, train, val, test, **settings)
-        tracking.mark_as_baseline()
+        tracking.mark("baseline")
+    # Read it back, so that the first call returns what the later calls will return.
     return tracking.load_network(active.info.run_id), active.info.run_id
-
-
-def fit_and_log(
-    model: CNN,
-    train: TensorDataset,
-    val: TensorDataset,
-    test: TensorDataset,
-    on_epoch: Callable[[Row], None] | None = None,
-    **settings: int | float,
-) -> list[Row]:
-    """``fit`` with ``settings``, everything logged to the active run; returns the history.
-
-    Logged are the settings and channels as parameters, ``train_loss``, ``val_loss`` and
-    ``val_accuracy`` by epoch and their curves, ``test_loss`` and ``test_accuracy`` once at the end,
-    the summary and the network.
-    """
-    from cnn_pruning import plots  # matplotlib takes a second to import
-
-    def log(row: Row) -> None:
-        values = {name: value for name, value in row.items() if name != "epoch"}
-        tracking.log_metrics(values, step=row["epoch"])
-        if on_epoch:
-            on_epoch(row)
-
-    tracking.log_settings(
-        {"channels": model.channels, **settings}, train=train, validation=val, test=test
-    )
-    history = fit(model, train, val, on_epoch=log, **settings)
-    test_loss, test_accuracy = evaluate(model, test)
-    tracking.log_metrics({"test_loss": test_loss, "test_accuracy": test_accuracy})
-    tracking.log_figure(plots.curves({"network": history}, "Training"), "training.png")
-    tracking.log_network(model)
-    return history

@@ -1,7 +1,8 @@
-"""The figures of the notebooks: data in, matplotlib figure out."""
+"""The figures that several notebooks share, or that are too long for one: data in, figure out."""
 
 import io
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -13,13 +14,32 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 
-from cnn_pruning.data import CLASSES
-
-# Okabe and Ito's colors, which color-blind readers can tell apart. A layer has the same everywhere.
+# One color for a thing, in every figure. The layers and the removed filters have Okabe and Ito's;
+# the methods keep their distance from these, and from each other, for color-blind readers too.
 LAYERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 REMOVED = "#D55E00"
-CONTROL = "#888888"
+CONTROL = "#A0A0A0"
+METHODS = {
+    "taylor": "#009068",
+    "taylor_abs_first": "#8BDBC4",
+    "oracle": "#97406E",
+    "oracle_abs": "#97406E",
+    "greedy": "#531DA7",
+    "weight": "#62B8F0",
+    "activation_mean": "#C0C66E",
+    "apoz": "#7A3E04",
+    "obd": "#262067",
+    "random": CONTROL,
+    "random, like taylor": CONTROL,
+    "baseline": "#222222",
+    "fine-tuned": "#009068",  # what Taylor left
+    "one shot": "#009068",
+    "scratch": "#8B80F9",
+}
+NEARLY_DEAD = 1_000
 STYLE = {
+    "axes.formatter.limits": (-3, 6),
+    "axes.formatter.use_mathtext": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -29,18 +49,37 @@ STYLE = {
 }
 
 
+def use_style() -> None:
+    """Draw all figures alike; in a notebook, with two pixels where the page has one."""
+    plt.rcParams.update(STYLE)
+    ipython = sys.modules.get("IPython")
+    if ipython and ipython.get_ipython():
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
+
+
+def headline(figure: Figure, text: str) -> None:
+    """Say above the whole figure, in bold, what there is to see."""
+    figure.suptitle(text, x=0.01, ha="left", weight="bold")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG, for an ``ipywidgets.Image``, with two pixels where the page has one.
+
+    Give the widget the figure's width on the page: inches times ``STYLE["figure.dpi"]``.
+    """
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=2 * figure.dpi)
+    plt.close(figure)
+    return file.getvalue()
+
+
 def _figure(rows: int, columns: int, width: float, height: float, **options) -> tuple:
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(width, height),
-        squeeze=False,
-        layout="constrained",
-        dpi=STYLE["figure.dpi"],
-        **options,
-    )
-    for axis in axes.flat:
-        axis.spines[["right", "top"]].set_visible(False)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(width, height), squeeze=False, **options
+        )
     plt.close(figure)  # the notebook shows what it is given, once
     return figure, axes
 
@@ -52,33 +91,16 @@ def _picture(axis: Axes, values: Tensor, **options) -> None:
         spine.set_visible(False)
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG, for an ``ipywidgets.Image``."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    plt.close(figure)
-    return file.getvalue()
-
-
-def class_examples(images: Tensor, labels: Tensor, each: int = 6) -> Figure:
-    """The first ``each`` images of every class, a row each; images (N, 1, H, W), labels (N,)."""
-    figure, axes = _figure(len(CLASSES), each, 0.75 * each + 1.5, 0.75 * len(CLASSES))
-    for label, row in enumerate(axes):
-        for axis, image in zip(row, images[labels == label], strict=False):
-            _picture(axis, image[0], cmap="gray_r")
-        row[0].set_ylabel(CLASSES[label], rotation=0, ha="right", va="center")
-    figure.suptitle(f"Ten classes: {each} images of each", x=0.01, ha="left", weight="bold")
-    return figure
-
-
 def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:
     """Loss and accuracy by epoch; ``histories`` maps a name to the rows of ``fit``.
 
-    A row's ``epoch`` is where it is drawn, so that a later training can start where another ended;
-    a row without ``train_loss`` is a network as it was before that training.
+    A name in ``METHODS`` has the color from there, any other that of the baseline. A row's
+    ``epoch`` is where it is drawn, so that a later training can start where another ended; a row
+    without ``train_loss`` is a network as it was before that training.
     """
     figure, (axes,) = _figure(1, 2, 10, 3.6)
-    for color, (name, rows) in zip(LAYERS, histories.items(), strict=False):
+    for name, rows in histories.items():
+        color = METHODS.get(name, METHODS["baseline"])
         for axis, key, style in (
             (axes[0], "train_loss", "--"),
             (axes[0], "val_loss", "-"),
@@ -95,22 +117,7 @@ def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
         if histories:
             axis.legend(fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
-    return figure
-
-
-def confusion(counts: Tensor, title: str) -> Figure:
-    """A confusion matrix: ``counts``, int64 (10, 10), of true class by predicted class."""
-    figure, ((axis,),) = _figure(1, 1, 6.4, 5.6)
-    share = 100 * counts / counts.sum(1, keepdim=True)
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    for i, j in torch.cartesian_prod(torch.arange(10), torch.arange(10)).tolist():
-        if share[i, j] >= 0.5:
-            color = "white" if share[i, j] > 50 else "black"
-            axis.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color=color, size=8)
-    axis.set_xticks(range(10), CLASSES, rotation=45, ha="right")
-    axis.set_yticks(range(10), CLASSES)
-    axis.set(xlabel="predicted", ylabel="true class", title=title)
+    headline(figure, title)
     return figure
 
 
@@ -125,13 +132,13 @@ def score_bars(
     figure, (axes,) = _figure(
         1, len(scores), 10, 3.2, sharey=True, gridspec_kw={"width_ratios": widths}
     )
-    for axis, color, (layer, values) in zip(axes, LAYERS, scores.items(), strict=False):
-        bars = axis.bar(range(len(values)), values.tolist(), color=color)
+    for i, (axis, (layer, values)) in enumerate(zip(axes, scores.items(), strict=True)):
+        bars = axis.bar(range(len(values)), values.tolist(), color=LAYERS[i % len(LAYERS)])
         for k in (removed or {}).get(layer, []):
             bars[k].set(facecolor="white", edgecolor=REMOVED, hatch="////")
-        axis.set(xlabel=f"filter of {layer}", xticks=range(len(values)))
+        axis.set(xlabel=f"filter of convolution {i + 1} ({layer})", xticks=range(len(values)))
     axes[0].set_ylabel(ylabel)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    headline(figure, title)
     return figure
 
 
@@ -155,17 +162,17 @@ def filter_cards(
     figure, axes = _figure(
         len(order) + 1,
         len(images) + 2,
-        11,
-        0.72 * (len(order) + 1) + 0.4,
-        gridspec_kw={"width_ratios": [1 if slices == 1 else 4, *[1] * len(images), 2.5]},
+        12.5,
+        0.66 * (len(order) + 1) + 0.4,
+        gridspec_kw={"width_ratios": [1 if slices == 1 else 7, *[1] * len(images), 2.5]},
     )
-    figure.set_dpi(75)  # hundreds of small pictures
+    figure.set_dpi(64)  # hundreds of small pictures: a notebook stays under a megabyte
     for axis, image in zip(axes[0, 1:], images, strict=False):
         _picture(axis, image[0], cmap="gray_r")
     for axis in (axes[0, 0], axes[0, -1]):
         axis.axis("off")
-    axes[0, 0].set_title("kernel", size=9, loc="center", y=0)
-    axes[0, -1].set_title("score", size=9, y=0)
+    axes[0, 0].set_title("kernel", size=11, loc="center", y=0)
+    axes[0, -1].set_title("score", size=11, y=0)
     limit = kernels.abs().max()
     brightness = PowerNorm(0.5, vmin=0, vmax=maps.max().item())  # dim maps have shapes too
     for row, k in zip(axes[1:], order, strict=True):
@@ -173,32 +180,14 @@ def filter_cards(
         strip = torch.cat([part for s in kernels[k] for part in (s, gap)][:-1], dim=1)
         _picture(row[0], strip, cmap="RdBu_r", vmin=-limit, vmax=limit)
         label = f"{k}   bias {biases[k]:+.2f}"
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", size=8)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", size=10)
         for axis, values in zip(row[1:], maps[k], strict=False):
             _picture(axis, values, cmap="magma", norm=brightness)
         row[-1].barh([0], [scores[k]], color=color)
         row[-1].set(xlim=(0, 1.35 * scores.max()), ylim=(-0.8, 0.8), xticks=[], yticks=[])
-        row[-1].text(scores[k] + 0.02 * scores.max(), 0, f"{scores[k]:.1e}", va="center", size=8)
+        row[-1].text(scores[k] + 0.02 * scores.max(), 0, f"{scores[k]:.1e}", va="center", size=10)
         row[-1].spines["bottom"].set_visible(False)
-    figure.suptitle(
-        f"The filters of {layer}, highest score first", x=0.01, ha="left", weight="bold"
-    )
-    return figure
-
-
-def class_scores(scores: Mapping[str, Tensor], title: str) -> Figure:
-    """Scores by class, (10, K) for each layer, as shares of each class's sum over all filters."""
-    widths = [values.shape[1] for values in scores.values()]
-    total = sum(values.sum(1, keepdim=True) for values in scores.values())
-    shares = {layer: 100 * values / total for layer, values in scores.items()}
-    top = max(values.max() for values in shares.values())
-    figure, (axes,) = _figure(1, len(scores), 10, 3.8, gridspec_kw={"width_ratios": widths})
-    for axis, (layer, values) in zip(axes, shares.items(), strict=True):
-        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        axis.set(xlabel=f"filter of {layer}", xticks=range(values.shape[1]), yticks=[])
-    axes[0].set_yticks(range(10), CLASSES)
-    figure.colorbar(image, ax=axes, label="share of the class's scores (%)", pad=0.01)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    headline(figure, f"The filters of {layer}, highest score first")
     return figure
 
 
@@ -211,45 +200,69 @@ def estimate_against_truth(
 ) -> Figure:
     """One numbered point a filter, colored by layer, on logarithmic axes.
 
-    Dead filters, with a zero, can't be drawn on these and are counted in the legend.
+    Filters that are dead or nearly so, with less than ``1 / NEARLY_DEAD`` of the highest score,
+    would stretch these, and a zero can't be drawn on them: the legend names them instead.
     """
     figure, ((axis,),) = _figure(1, 1, 7.4, 5)
-    for color, layer in zip(LAYERS, estimate, strict=False):
-        x, y = estimate[layer], truth[layer]
-        drawn = ((x > 0) & (y > 0)).nonzero().flatten().tolist()
-        zeros = f" ({len(x) - len(drawn)} dead, not drawn)" if len(drawn) < len(x) else ""
-        axis.scatter(x[drawn], y[drawn], s=36, color=color, label=layer + zeros)
-        for k in drawn:
-            place = (x[k].item(), y[k].item())
-            axis.annotate(k, place, (4, 3), textcoords="offset points", color=color, size=8)
+    lowest = max(values.max() for values in estimate.values()) / NEARLY_DEAD
+    points: list[tuple[float, float, int, str]] = []
+    for i, layer in enumerate(estimate):
+        x, y, color = estimate[layer], truth[layer], LAYERS[i % len(LAYERS)]
+        alive = (x > lowest) & (y > 0)
+        hidden = ", ".join(map(str, (~alive).nonzero().flatten().tolist()))
+        label = f"convolution {i + 1} ({layer})"
+        label += f", not drawn, dead or nearly so: {hidden}" if hidden else ""
+        axis.scatter(x[alive], y[alive], s=36, color=color, label=label)
+        for k in alive.nonzero().flatten().tolist():
+            points.append((x[k].item(), y[k].item(), k, color))
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", yscale="log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    unit = math.floor(math.log10(axis.get_xlim()[1]))
+    axis.set_xlabel(f"{xlabel}, in units of $10^{{{unit}}}$")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 10**unit:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
     for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
         side.set_minor_formatter(NullFormatter())
-    axis.tick_params(axis="x", labelsize=8)
+    _number(axis, points)
     axis.legend()
     return figure
+
+
+def _number(axis: Axes, points: Sequence[tuple[float, float, int, str]]) -> None:
+    """Write the number of each point (x, y, number, color) where it is farthest from the others."""
+    places = [(8, 7), (-8, 7), (8, -7), (-8, -7), (0, 9), (0, -9), (10, 0), (-10, 0)]  # in points
+    scale = 72 / axis.figure.dpi
+    at = [tuple(scale * axis.transData.transform(point[:2])) for point in points]
+    taken = list(at)
+    for (x, y, number, color), here in zip(points, at, strict=True):
+        others = [place for place in taken if place != here]
+        choices = {place: (here[0] + place[0], here[1] + place[1]) for place in places}
+        far = {p: min((math.dist(q, o) for o in others), default=0) for p, q in choices.items()}
+        offset = max(far, key=far.get)
+        taken.append(choices[offset])
+        look = {"color": color, "size": 8, "ha": "center", "va": "center"}
+        axis.annotate(number, (x, y), offset, textcoords="offset points", **look)
 
 
 def accuracy_by_removed(
     counts: Sequence[int], methods: Mapping[str, Tensor], title: str, mark: int | None = None
 ) -> Figure:
-    """Accuracy (%) against the number of removed filters; each method (draws, counts).
+    """Accuracy (%) against the number of removed filters, for methods named as in ``METHODS``.
 
-    A method with several draws is drawn as its mean with a band from lowest to highest. ``mark``
-    draws a vertical line at that number of filters.
+    Each is (draws, counts); several draws are drawn as their mean, with a band from lowest to
+    highest. ``mark`` draws a vertical line at that number of filters.
     """
     figure, ((axis,),) = _figure(1, 1, 9, 4)
-    colors = (LAYERS[0], CONTROL, *LAYERS[1:])
-    for color, (name, accuracy) in zip(colors, methods.items(), strict=False):
-        axis.plot(counts, 100 * accuracy.mean(0), marker="o", ms=4, color=color, label=name)
-        if len(accuracy) > 1:
+    for name, accuracy in methods.items():
+        color, several = METHODS[name], len(accuracy) > 1
+        label = f"{name} (mean, lowest to highest)" if several else name
+        axis.plot(counts, 100 * accuracy.mean(0), marker="o", ms=4, color=color, label=label)
+        if several:
             low, high = (100 * accuracy.aminmax(dim=0)[i] for i in (0, 1))
             axis.fill_between(counts, low, high, color=color, alpha=0.2, lw=0)
     if mark is not None:
-        axis.axvline(mark, color=REMOVED, lw=1, ls="--")
-        axis.text(mark, 2, f" {mark} filters", color=REMOVED)
+        axis.axvline(mark, color="black", lw=1, ls="--")
+        axis.text(mark, 2, f" {mark} filters")
     axis.axhline(10, color="black", lw=0.5, ls=":")
     axis.text(0, 11, "guessing", size=8)
     axis.set(
@@ -302,44 +315,61 @@ def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> F
     names = ("removed filter", "what the next layer had for it", "stays")
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     title = "A filter takes along its weights, its bias, and what the next layer had for it"
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    headline(figure, title)
     return figure
 
 
 def overview(
-    image: Tensor, maps: Mapping[str, Tensor], scores: Mapping[str, Tensor], removed: Mapping
+    image: Tensor,
+    maps: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    removed: Mapping[str, Sequence[int]],
+    outcome: Sequence[str] = (),
 ) -> Figure:
     """The README's picture: every filter's feature map on ``image`` above its score.
 
     ``image`` (H, W); ``maps`` (K, H, W) and normalized ``scores`` (K,) for each layer, whose bars
     have one scale. The filters of each layer stand in the order of their scores; those in
-    ``removed`` are crossed out.
+    ``removed`` are crossed out. ``outcome`` are lines that stand beside the first layer, below what
+    is left of the filters.
     """
     widest = max(len(values) for values in scores.values())
     figure, axes = _figure(
         2 * len(scores),
         widest + 1,
         12,
-        1.75 * len(scores),
-        gridspec_kw={"width_ratios": [1.6, *[1] * widest], "height_ratios": [2, 1] * len(scores)},
+        2 * len(scores) + 0.4,
+        gridspec_kw={"width_ratios": [1.9, *[1] * widest], "height_ratios": [1, 1] * len(scores)},
     )
-    highest = max(values.max() for values in scores.values())
+    figure.get_layout_engine().set(h_pad=0.01, w_pad=0.02)
+    highest = max(values.max().item() for values in scores.values())
     for axis in axes.flat:
         axis.axis("off")
     _picture(axes[0, 0], image, cmap="gray_r")
-    for row, (color, (layer, values)) in enumerate(zip(LAYERS, scores.items(), strict=False)):
-        top, bottom = axes[2 * row], axes[2 * row + 1]
-        bottom[0].text(0, 0.5, f"{layer}\nnormalized score", color=color, weight="bold", size=9)
+    for i, (layer, values) in enumerate(scores.items()):
+        top, bottom = axes[2 * i], axes[2 * i + 1]
+        color, filters = LAYERS[i % len(LAYERS)], len(values)
+        words = {"color": color, "weight": "bold", "size": 11, "va": "top"}
+        bottom[0].text(0, 1, f"Convolution {i + 1}:\n{filters} filters", **words)
+        bottom[0].text(0, 0.42, "above, what each\nsees; here, its score", size=9, va="top")
         brightness = PowerNorm(0.5, vmin=0, vmax=maps[layer].max().item())
         order = values.argsort(descending=True).tolist()
         for column, k in enumerate(order, start=1):
             gone = k in removed.get(layer, [])
-            top[column].imshow(maps[layer][k], cmap="magma", norm=brightness)
-            bottom[column].bar([0], [values[k]], color="white" if gone else color, width=0.6)
+            _picture(top[column], maps[layer][k], cmap="magma", norm=brightness)
+            look = {"fc": "white", "ec": REMOVED, "hatch": "////"} if gone else {"fc": color}
+            bottom[column].bar([0], [values[k]], width=0.4, **look)
             bottom[column].set(xlim=(-0.5, 0.5), ylim=(0, highest))
             if gone:
-                bottom[column].patches[0].set(edgecolor=REMOVED, hatch="////", lw=1)
                 end = maps[layer].shape[1] - 1
                 for ys in ((0, end), (end, 0)):
                     top[column].plot((0, end), ys, color=REMOVED, lw=2.5)
+    before, gone = (sum(map(len, each.values())) for each in (scores, removed))
+    lines = "\n".join((f"{before} filters → {before - gone}", *outcome))
+    beside = len(next(iter(scores.values()))) + 2
+    if beside < widest:
+        look = {"size": 15, "va": "top", "linespacing": 1.8}
+        words = axes[0, beside].text(0, 1, lines, transform=axes[0, beside].transAxes, **look)
+        words.set_in_layout(False)  # it takes the place of several columns
+    headline(figure, f"Every filter gets a score; the {gone} lowest leave the network")
     return figure

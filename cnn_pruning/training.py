@@ -177,13 +177,13 @@ def fast_layout(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, CNN):
         yield
         return
-    weights = [p for p in model.parameters() if p.dim() == 4 and p.is_contiguous()]
+    weights = [(p, p.stride()) for p in model.parameters() if p.dim() == 4]
     model.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        for weight in weights:
-            weight.data = weight.data.contiguous()
+        for weight, strides in weights:
+            weight.data = weight.new_empty_strided(weight.shape, strides).copy_(weight.data)
 
 
 def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:

@@ -135,3 +135,56 @@ def test_what_the_readme_quotes_is_what_a_notebook_printed():
     assert quotes
     for quote in quotes:
         assert any(quote in text for text in printed), quote
+
+
+def package_table():
+    """The rows of the README's table of the package: (files, most lines)."""
+    rows = re.findall(r"^\| [^|]+ \| (`\w+\.py`[^|]*) \| under ([\d,]+) \|$", README, re.MULTILINE)
+    return [(re.findall(r"`(\w+\.py)`", files), int(most.replace(",", ""))) for files, most in rows]
+
+
+def test_the_readme_names_every_file_of_the_package_and_how_long_it_is_at_most():
+    named = [file for files, _ in package_table() for file in files]
+    there = {path.name for path in (ROOT / "cnn_pruning").glob("*.py")}
+    assert sorted(named) == sorted(there - {"__init__.py"})
+    for files, most in package_table():
+        lines = sum(len((ROOT / "cnn_pruning" / file).read_text().splitlines()) for file in files)
+        assert lines < most, files
+
+
+# From the ground up: each module imports only from those before it.
+FLOORS = [
+    *("paths", "passes", "scores", "model", "progress", "data", "operations", "chain"),
+    *("feature_maps", "oracle", "criteria", "pruner", "training", "measure", "iterative", "plots"),
+    *("tracking", "baseline", "__main__"),
+]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "cnn_pruning":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cnn_pruning."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_go_one_way_and_each_module_says_what_it_is():
+    # What the package itself exports stands in these modules.
+    exported = {"CNN": "model", "fashion_mnist": "data", "evaluate": "training"}
+    exported |= dict.fromkeys(("filter_scores", "mask_filters", "remove_filters"), "pruner")
+    exported |= dict.fromkeys(("normalize", "select_filters"), "scores")
+    for path in (ROOT / "cnn_pruning").glob("*.py"):
+        text = path.read_text()
+        assert ast.get_docstring(ast.parse(text)), path.name
+        if path.stem == "__init__":
+            continue
+        for name in imported(path):
+            module = exported.get(name, name)
+            assert FLOORS.index(module) < FLOORS.index(path.stem), f"{path.stem} imports {module}"
+        assert path.stem == "tracking" or not re.search(
+            r"^ *import mlflow|^ *from mlflow", text, re.M
+        )
+        if path.stem != "plots":
+            assert (
+                not re.search(r"^ *(import|from) matplotlib", text, re.M) or path.stem == "tracking"
+            )
