@@ -6,17 +6,13 @@ channels, and the consumer has weights for each of them. What is computed decide
 written: ``F.relu`` and ``x.relu()`` are read as ``nn.ReLU`` is.
 """
 
-import dis
-import inspect
-import warnings
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx, nn
 
 from cnn_pruning import operations
 from cnn_pruning.operations import Kind
-from cnn_pruning.passes import training_flags
+from cnn_pruning.tracing import check_network, trace
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,12 @@ def read_chain(model: nn.Module | Chain) -> Chain:
     """
     if isinstance(model, Chain):
         return model
-    _refuse_wrappers(model)
+    check_network(model)
     if type(model) is nn.Conv2d:
         return Chain(model, {}, fx.Graph(), None)
-    reading = _Reading(model, _trace(model, training=False))
+    reading = _Reading(model, trace(model, training=False), training=False)
     try:
-        in_training = _Reading(model, _trace(model, training=True))
+        in_training = _Reading(model, trace(model, training=True), training=True)
     except TypeError as error:
         raise TypeError(f"In training, {error}") from error
     if in_training.way != reading.way:
@@ -81,87 +77,24 @@ def read_chain(model: nn.Module | Chain) -> Chain:
     return Chain(model, links, reading.graph, reading.softmax)
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"The model must be an nn.Module, but it is a {type(model).__name__}.")
-    kind = type(model).__name__
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            f"The model is wrapped in {kind}: hand in the network inside, model.module."
-        )
-    if hasattr(model, "_orig_mod"):
-        raise TypeError(
-            "The model is what torch.compile returned: hand in the network inside, model._orig_mod."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"The model is a {kind}, traced or scripted: hand in the network it was traced from."
-        )
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-            raise TypeError(
-                f"{name or 'The model'} is a {type(layer).__name__} without weights yet: run one "
-                "batch through the network first."
-            )
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer, for which an ``assert`` holds: what it checks isn't changed by pruning."""
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        frame = inspect.currentframe().f_back.f_back  # behind Proxy.__bool__
-        code = list(dis.get_instructions(frame.f_code))
-        asked = next(i for i, step in enumerate(code) if step.offset == frame.f_lasti)
-        jump = next(i for i, step in enumerate(code) if i >= asked and "JUMP" in step.opname)
-        ahead = code[jump + 1]
-        aside = next((step for step in code if step.offset == code[jump].argval), ahead)
-        if _fails(ahead) or _fails(aside):
-            return ("IF_TRUE" in code[jump].opname) == _fails(ahead)
-        return super().to_bool(obj)
-
-
-def _fails(step: dis.Instruction) -> bool:
-    return "ASSERTION_ERROR" in step.opname or "AssertionError" in step.argrepr
-
-
-def _trace(model: nn.Module, training: bool) -> fx.Graph:
-    kept = [(module, dict(vars(module))) for module in model.modules()]
-    parameters = list(inspect.signature(type(model).forward).parameters.values())[2:]
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    try:
-        with training_flags(model), warnings.catch_warnings():
-            model.train(training)
-            warnings.simplefilter("ignore")  # of arguments that take their defaults
-            return _Tracer(autowrap_modules=()).trace(model, defaults or None)
-    except Exception as error:
-        raise TypeError(
-            f"{type(model).__name__} can't be read as a chain of layers ({error}): its forward may "
-            "not depend on what it computes (write torch.flatten(x, 1) for shapes computed by "
-            "hand), or use Torch-Pruning."
-        ) from error
-    finally:  # a forward that keeps what it computes would now keep the tracer's stand-ins
-        for module, attributes in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
 class _Reading:
     """One walk over a graph: ``links`` as found, and ``way``, all that was read, to compare.
 
     ``at`` is where the way from the last convolution has got to; ``passed`` is all of the way that
-    lies behind, which nothing else may use.
+    lies behind, which nothing else may use. ``same_batch`` are the tensors before the first
+    convolution whose first axis is that of its input.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        self.model, self.graph = model, graph
+    def __init__(self, model: nn.Module, graph: fx.Graph, training: bool) -> None:
+        self.model, self.graph, self.training = model, graph, training
         self.links: dict[str, Link] = {}
         self.way: list[tuple] = []
         self.softmax: str | None = None
         self.shapes = operations.Shapes(graph)
-        self.used: set[str | nn.Module] = set()
         self.at: fx.Node | None = None
         self.passed: set[fx.Node] = set()
-        self.before: set[fx.Node] = set()  # the first convolution, in the same order of axes
+        self.same_batch: set[fx.Node] = set()
+        self.doubt: TypeError | None = None
         for node in graph.nodes:
             self._read(node)
         if not self.links:
@@ -169,14 +102,24 @@ class _Reading:
                 f"{type(model).__name__} has no Conv2d whose filters could be pruned: only "
                 "networks with Conv2d layers can be pruned here."
             )
+        self._check_used_once()
 
     def _read(self, node: fx.Node) -> None:
-        layer = self.model.get_submodule(node.target) if node.op == "call_module" else None
+        layer = self._layer(node)
         on_the_way = self.at is not None and self.at in node.all_input_nodes
         if node in self.shapes:
             return
         if not self.passed.isdisjoint(node.all_input_nodes):
             raise self._not_a_chain(node, "uses what another layer uses, too")
+        if self.shapes.sizes_used_by(node) & (self.passed | {self.at}):
+            if not (on_the_way and operations.adapts(node)):
+                raise self._not_a_chain(node, "computes with the shape of the feature maps")
+        if not self.training and operations.drops_in_evaluation(node):
+            raise self._not_a_chain(
+                node, "drops in evaluation, too (write nn.Dropout, or training=self.training)"
+            )
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            raise self._not_a_chain(node, "is a batch norm without running statistics")
         if node.op == "output":
             self._read_output(node)
         elif type(layer) is nn.Conv2d:
@@ -185,8 +128,8 @@ class _Reading:
             raise self._not_a_chain(node, f"is a {operations.name_of(node, layer)}")
         elif on_the_way:
             self._read_follower(node, layer)
-        elif not self.links:
-            self.before = set() if operations.moves_axes(node) else self.before | {node}
+        elif not self.links and operations.keeps_batch(node, layer, self.same_batch, self.shapes):
+            self.same_batch.add(node)
 
     def _read_conv(self, node: fx.Node, conv: nn.Conv2d, on_the_way: bool) -> None:
         self._check_weights(node, conv)
@@ -196,16 +139,23 @@ class _Reading:
             self._consume(node, conv.in_channels)
         elif self.at is not None:
             raise self._not_a_chain(node, "does not take what the layer before it puts out")
+        elif self.same_batch.isdisjoint(node.all_input_nodes):
+            self.same_batch = set()
         self.links[node.target] = Link(node.target, (), 0, "")
         self.way.append(("conv", node.target))
         self.at, self.steps, self.flat = node, 0, False
 
     def _read_follower(self, node: fx.Node, layer: nn.Module | None) -> None:
-        same_batch = self.before | self.passed | {self.at}
-        kind = operations.kind_of(node, layer, self.at, self.shapes, same_batch)
-        if isinstance(kind, str):  # why it can't be read
-            raise self._not_a_chain(node, kind)
-        if kind is Kind.LINEAR:
+        kind = operations.kind_of(
+            node, layer, self.at, self.shapes, self.same_batch | self.passed | {self.at}
+        )
+        if self.flat and kind is Kind.PASSIVE and not operations.keeps_size(node, layer):
+            kind = "changes the size of a row"
+        if isinstance(kind, str):
+            self._doubt(node, layer, kind)
+        elif self.doubt and kind in (Kind.LINEAR, Kind.NORM):
+            raise self.doubt
+        elif kind is Kind.LINEAR:
             self._check_weights(node, layer)
             if not self.flat:
                 raise self._not_a_chain(
@@ -214,12 +164,12 @@ class _Reading:
             self._consume(node, layer.in_features)
             self.way.append(("linear", node.target))
             return
-        if kind is Kind.NORM:
+        elif kind is Kind.NORM:
             self._check_weights(node, layer)
-            if not layer.track_running_stats:
-                raise self._not_a_chain(node, "is a batch norm without running statistics")
             self._check_size(node, layer.num_features)
             self._change(norms=(*self._link.norms, node.target))
+        if layer is not None and _hooked(layer):
+            raise self._not_a_chain(node, "has hooks (remove them while you prune)")
         self.passed.add(self.at)
         self.at = node
         self.way.append((node.op, node.target))
@@ -228,11 +178,21 @@ class _Reading:
         if kind in (Kind.NORM, Kind.ACTIVATION):
             self._change(steps=self.steps)
 
+    def _doubt(self, node: fx.Node, layer: nn.Module | None, why: str) -> None:
+        """What no rule is known for is an error, unless it only shapes the network's outputs."""
+        error = self._not_a_chain(node, why)
+        if not operations.can_end(node, layer):
+            raise error
+        self.doubt = self.doubt or error
+
     def _read_output(self, node: fx.Node) -> None:
         for result in node.all_input_nodes:
-            layer = self.model.get_submodule(result.target) if result.op == "call_module" else None
+            layer = self._layer(result)
             if operations.is_softmax(result, layer):
                 self.softmax = result.target if layer else result.name
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        return self.model.get_submodule(node.target) if node.op == "call_module" else None
 
     @property
     def _link(self) -> Link:
@@ -242,6 +202,8 @@ class _Reading:
         self.links[self._link.conv] = replace(self._link, **values)
 
     def _consume(self, node: fx.Node, size: int) -> None:
+        if self.doubt:
+            raise self.doubt
         self._check_size(node, size)
         self._change(consumer=node.target)
         self.passed.add(self.at)
@@ -255,11 +217,21 @@ class _Reading:
             )
 
     def _check_weights(self, node: fx.Node, layer: nn.Module) -> None:
-        if layer in self.used:
-            raise self._not_a_chain(node, "is used twice")
-        if "weight" not in layer._parameters:
+        if not {"weight", "bias"} <= layer._parameters.keys():
             raise self._not_a_chain(node, "has a weight that is computed from others")
-        self.used.add(layer)
+
+    def _check_used_once(self) -> None:
+        """What loses values must not be used anywhere else, on the way or off it."""
+        cut = {name for link in self.links.values() for name in (link.conv, *link.norms)}
+        cut |= {link.consumer for link in self.links.values() if link.consumer}
+        used: set[str] = set()
+        for node in self.graph.nodes:
+            if node.op == "call_module" and node.target in cut:
+                if node.target in used:
+                    raise self._not_a_chain(node, "is used twice")
+                used.add(node.target)
+            elif node.op == "get_attr" and node.target.rpartition(".")[0] in cut:
+                raise self._not_a_chain(node, "is used outside its layer, too")
 
     def _not_a_chain(self, node: fx.Node, why: str) -> TypeError:
         name = node.target
@@ -270,3 +242,8 @@ class _Reading:
             f"{name} {why}: only chains of Conv2d, BatchNorm2d, activations, pooling, dropout, "
             "Flatten and Linear can be pruned here. For other networks use Torch-Pruning."
         )
+
+
+def _hooked(layer: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(layer, kind) for kind in kinds)

@@ -14,7 +14,7 @@ from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
 from cnn_pruning.feature_maps import Maps, feature_maps
 from cnn_pruning.oracle import oracle, oracle_abs
-from cnn_pruning.passes import Cost, device_of, evaluation, outputs_of, summed_loss
+from cnn_pruning.passes import Cost, device_of, evaluation, on_device, outputs_of, summed_loss
 from cnn_pruning.scores import Scores
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -172,6 +172,8 @@ def mutual_information(
     means: dict[str, list[Tensor]] = {}
     labels = []
     for batch, maps in feature_maps(model, data, batch_size, gradient=False):
+        if batch.dtype != torch.int64 or batch.dim() != 1 or batch.min() < 0:
+            raise ValueError("Mutual information needs integer labels (N,), from 0 on.")
         labels.append(batch.cpu())
         for layer, (z, _) in maps.items():
             means.setdefault(layer, []).append(activation_mean(z).cpu().double())
@@ -252,9 +254,9 @@ def obd(
     try:
         for p in frozen:
             p.requires_grad_()
-        with evaluation(chain.model), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), evaluation(chain.model):
             for images, labels in loader:
-                images, labels = images.to(device), labels.to(device)
+                images, labels = on_device(images, device), on_device(labels, device)
                 loss = summed_loss(outputs_of(chain.model, images), labels, cost)
                 signs = [
                     (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
@@ -265,7 +267,7 @@ def obd(
                 for (layer, p), v, hv in zip(owners, signs, curved, strict=True):
                     saliency = (p.detach().square() * v * hv).flatten(1 if p.dim() > 1 else 0)
                     total = saliency.sum(1) if p.dim() > 1 else saliency
-                    totals[layer] += total.cpu().double() / 2
+                    totals[layer] = totals[layer] + total.cpu().double() / 2
     finally:
         for p in frozen:
             p.requires_grad_(False)

@@ -1,6 +1,7 @@
 """FashionMNIST as tensors, split into train, validation and test; mini-batches."""
 
 import hashlib
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -12,6 +13,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     TensorDataset,
@@ -84,7 +86,8 @@ def batches(
     ``ValueError`` for an empty one or a ``batch_size`` that isn't a positive integer.
     """
     batch_size = integer("batch_size", batch_size, 1)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    listed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not listed or isinstance(dataset, Mapping | IterableDataset):
         hint = ": hand in its .dataset" if isinstance(dataset, DataLoader) else ""
         raise TypeError(
             "The data must be a dataset of (image, label) with a length, a TensorDataset for "
@@ -114,8 +117,15 @@ def image_shape(dataset: Dataset) -> tuple[int, ...]:
 
 
 def _collate(items: list) -> list:
-    _check_item(items[0])
-    return default_collate(items)
+    for item in items:
+        _check_item(item)
+    try:
+        return default_collate(items)
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"The items of the data don't make a batch ({str(error).splitlines()[0]}): the images "
+            "must have one shape, and the labels be integers or tensors of one shape."
+        ) from error
 
 
 def _check_item(item: object) -> None:
@@ -127,7 +137,7 @@ def _check_item(item: object) -> None:
                 return
         found = f"({', '.join(type(part).__name__ for part in item)})"
     raise TypeError(
-        "Each item of the data must be (image, label), a tensor and an integer, but the first is "
+        "Each item of the data must be (image, label), a tensor and an integer, but one is "
         f"{found}: use TensorDataset(images, labels), or a transform such as torchvision's "
         "ToTensor, and number the classes."
     )

@@ -10,7 +10,15 @@ from torch.utils.data import Dataset
 
 from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
-from cnn_pruning.passes import Cost, device_of, evaluation, outputs_of, summed_loss
+from cnn_pruning.passes import (
+    Cost,
+    NoGradientError,
+    device_of,
+    evaluation,
+    on_device,
+    outputs_of,
+    summed_loss,
+)
 
 Maps = dict[str, tuple[Tensor, Tensor | None]]
 """(z, dC/dz) by name of convolution, both (N, K, M), for K filters at M positions."""
@@ -39,21 +47,24 @@ def feature_maps(
     device = device_of(chain.model)
     found: dict[str, Tensor] = {}
 
-    def keep(layer: str, z: Tensor) -> None:
-        if gradient and not z.requires_grad:  # all that lies before it is frozen
-            z.requires_grad_()
+    def keep(layer: str, z: Tensor) -> Tensor | None:
+        if gradient:
+            z, after = with_gradient(layer, z)
+            found[layer] = z
+            return after
         found[layer] = z
+        return None
 
     for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
         with (
             torch.inference_mode(False),
             torch.set_grad_enabled(gradient),
             evaluation(chain.model),
             on_feature_maps(chain, keep),
         ):
+            images, labels = on_device(images, device), on_device(labels, device)
             outputs = outputs_of(chain.model, images)
-            _check_found(chain, found)
+            check_found(chain, found, len(images))
             gradients = [None] * len(found)
             if gradient:  # of the sum, so that each example has its own
                 loss = summed_loss(outputs, labels, cost)
@@ -69,19 +80,43 @@ def feature_maps(
         found.clear()
 
 
+def with_gradient(layer: str, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a feature map that has a gradient, and what has to take its place in the network.
+
+    Where all that lies before it is frozen, it has none of its own. Raises ``NoGradientError`` if
+    the network's own ``forward`` switches gradients off there.
+    """
+    if not torch.is_grad_enabled():
+        raise NoGradientError(
+            f"{layer} runs under torch.no_grad() in the network's forward, so its filters have no "
+            "gradient: freeze it by requires_grad_(False) instead."
+        )
+    if z.requires_grad:
+        return z, None
+    leaf = z.detach().requires_grad_()
+    return leaf, leaf.clone()  # a layer behind it may work in place, which a leaf can't take
+
+
 def by_position(z: Tensor, slope: Tensor | None, filters: int) -> tuple[Tensor, Tensor | None]:
     """A feature map and its gradient as (N, K, M), without their history."""
     shape = (len(z), filters, -1)
     return z.detach().reshape(shape), None if slope is None else slope.reshape(shape)
 
 
-def _check_found(chain: Chain, found: dict[str, Tensor]) -> None:
+def check_found(chain: Chain, found: dict[str, Tensor], examples: int) -> None:
+    """Raise ``TypeError`` unless each layer put out one feature map for each example."""
     lost = ", ".join(chain.links.keys() - found.keys())
     if lost:
         raise TypeError(
             f"The feature maps of {lost} did not come by in a forward pass: remove hooks that "
             "replace what a layer puts out."
         )
+    for layer, z in found.items():
+        if len(z) != examples:
+            raise TypeError(
+                f"{layer} puts out {len(z)} feature maps for {examples} examples: hand in data of "
+                "one image for each example."
+            )
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Prune a few filters at a time and train in between: the paper's own algorithm."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from cnn_pruning import criteria
 from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.criteria import MeanOverExamples, PerExample
 from cnn_pruning.data import batches, image_shape
-from cnn_pruning.feature_maps import by_position, on_feature_maps
+from cnn_pruning.feature_maps import by_position, check_found, on_feature_maps, with_gradient
 from cnn_pruning.measure import count_macs, count_parameters
-from cnn_pruning.passes import integer
+from cnn_pruning.passes import copy_of, integer
 from cnn_pruning.progress import progress
 from cnn_pruning.pruner import remove
 from cnn_pruning.scores import Filters, Scores, normalize, select_filters, spare_filters
@@ -108,7 +107,7 @@ def prune_iteratively(
     kept = {layer: list(range(count)) for layer, count in chain.filters().items()}
     with progress(sum(spare.values()), "pruning") as advance:
         while sizes[name] > target:
-            chain = chain.of(copy.deepcopy(chain.model))
+            chain = chain.of(copy_of(chain.model))
             scores = _train(chain, islice(stream, updates), lr, seed, on_the_way)
             if on_the_way is None:
                 scores = criteria.score(chain, train, criterion, batch_size=128)
@@ -173,12 +172,11 @@ def _train(
     mean = MeanOverExamples(per_example)
     maps: dict[str, Tensor] = {}
 
-    def keep(layer: str, z: Tensor) -> None:
-        if z.requires_grad:
-            z.retain_grad()
-        else:  # all that lies before it is frozen
-            z.requires_grad_()
+    def keep(layer: str, z: Tensor) -> Tensor | None:
+        z, after = with_gradient(layer, z)
+        z.retain_grad()
         maps[layer] = z
+        return after
 
     watched = chain if per_example else replace(chain, links={})
     with in_training(chain.model, seed), on_feature_maps(watched, keep):
@@ -187,6 +185,7 @@ def _train(
             if not math.isfinite(loss):
                 raise FloatingPointError(f"The loss is {loss}: use an lr lower than {lr}.")
             if per_example:
+                check_found(chain, maps, len(images))
                 mean.add(
                     {  # the gradient of each example's own loss, not of the mean
                         layer: by_position(_exact(z), _exact(z.grad) * len(z), filters[layer])

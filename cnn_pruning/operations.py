@@ -27,14 +27,16 @@ class Kind(Enum):
 
 _ACTIVATIONS = """CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish
     PReLU ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink Threshold"""
-_POOLING = """AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool2d Dropout Dropout2d MaxPool2d Upsample
+_POOLING = """AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool2d CircularPad2d Dropout Dropout2d
+    MaxPool2d ReflectionPad2d ReplicationPad2d Upsample UpsamplingBilinear2d UpsamplingNearest2d
     ZeroPad2d"""
-_FUNCTIONS = """celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish
-    relu relu6 relu_ selu silu softplus softshrink softsign tanhshrink threshold"""
+_FUNCTIONS = """celu elu elu_ gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu
+    leaky_relu_ logsigmoid mish relu relu6 relu_ selu silu softplus softshrink softsign tanhshrink
+    threshold"""
 _POOLING_FUNCTIONS = """adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d dropout dropout2d
     interpolate max_pool2d"""
-_OF_TORCH = """abs add clamp clamp_max clamp_min div exp mul neg pow relu relu_ sigmoid square sub
-    tanh"""
+_OF_TORCH = """abs add clamp clamp_max clamp_min clip div exp mul neg pow relu relu_ sigmoid
+    square sub tanh"""
 _OPERATORS = "abs add iadd imul isub itruediv mul neg pow sub truediv"
 _METHODS = """abs abs_ add add_ clamp clamp_ clamp_max clamp_min clip div div_ exp mul mul_ neg pow
     relu relu_ sigmoid sigmoid_ square sub sub_ tanh tanh_"""
@@ -65,40 +67,92 @@ CALLS: dict[object, Kind] = {  # functions by themselves, methods by their names
 FLATTENS = (torch.flatten, "flatten")
 RESHAPES = (torch.reshape, "reshape", "view")
 MEANS = (torch.mean, torch.amax, "mean", "amax")
-# These may change which axis holds the examples.
-MOVERS = ("view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "unsqueeze")
+DROPOUTS = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+)
+CASTS = ("to", "float", "double", "half", "bfloat16", "type")
+ENDS = (
+    *(nn.LogSoftmax, nn.Softmax, F.log_softmax, F.softmax, torch.log_softmax, torch.softmax),
+    *("log_softmax", "softmax", "squeeze", torch.squeeze, operator.getitem),
+)
 
 
 class Shapes:
     """The nodes of a graph that are sizes of tensors, or are computed from these alone."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.nodes: set[fx.Node] = set()
+        self.of: dict[fx.Node, set[fx.Node]] = {}
+        """The tensors whose sizes a node is made from."""
         self.batch: dict[fx.Node, fx.Node] = {}
         """How long the first axis of a tensor is, with that tensor."""
         whole: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             first, rest = (node.args[0], node.args[1:]) if node.args else (None, ())
-            if node.op == "call_method" and node.target in ("size", "dim", "numel"):
-                self.nodes.add(node)
-                if node.target == "size" and not node.kwargs:
-                    (whole if rest == () else self.batch if rest == (0,) else {})[node] = first
+            if node.op == "call_method" and node.target in ("dim", "ndimension"):
+                self.of[node] = set()
+            elif node.op == "call_method" and node.target in ("size", "numel"):
+                self.of[node] = {first}
+                axis = rest + tuple(node.kwargs.values())
+                if node.target == "size" and axis in ((), (0,)):
+                    (self.batch if axis else whole)[node] = first
             elif node.target is getattr and rest in (("shape",), ("ndim",)):
-                self.nodes.add(node)
+                self.of[node] = {first} if rest == ("shape",) else set()
                 whole[node] = first
             elif node.op == "call_function" and node.all_input_nodes:
-                if self.nodes.issuperset(node.all_input_nodes):
-                    self.nodes.add(node)
+                if self.of.keys() >= set(node.all_input_nodes):
+                    self.of[node] = set().union(*(self.of[n] for n in node.all_input_nodes))
                     if node.target is operator.getitem and first in whole and rest == (0,):
                         self.batch[node] = whole[first]
 
     def __contains__(self, node: object) -> bool:
-        return node in self.nodes
+        return node in self.of
+
+    def sizes_used_by(self, node: fx.Node) -> set[fx.Node]:
+        """The tensors of which ``node`` uses other sizes than how many examples there are."""
+        used = [n for n in node.all_input_nodes if n in self.of and n not in self.batch]
+        checks = node.target is torch._assert or node.op == "output"
+        return set() if checks else set().union(*(self.of[n] for n in used))
 
 
-def moves_axes(node: fx.Node) -> bool:
-    """Whether another axis than before may hold the examples behind ``node``."""
-    return getattr(node.target, "__name__", node.target) in MOVERS
+def adapts(node: fx.Node) -> bool:
+    """Whether ``node`` may use sizes of the feature maps: it shapes or pools them."""
+    return node.target in RESHAPES or CALLS.get(node.target) is Kind.PASSIVE
+
+
+def drops_in_evaluation(node: fx.Node) -> bool:
+    """Whether ``node`` is a dropout that goes on in evaluation."""
+    if node.target is torch.dropout:
+        return node.args[2:] == (True,) or node.kwargs.get("train", False)
+    return node.target in DROPOUTS and node.kwargs.get("training", True) is not False
+
+
+def keeps_batch(
+    node: fx.Node, layer: nn.Module | None, same_batch: set[fx.Node], shapes: Shapes
+) -> bool:
+    """Whether the first axis of ``node`` is that of the first input, as for ``same_batch``."""
+    if node.op == "placeholder":
+        return not same_batch
+    tensors = [n for n in node.all_input_nodes if n not in shapes and n.op != "get_attr"]
+    if not tensors or not same_batch.issuperset(tensors):
+        return False
+    if layer is not None:
+        return MODULES.get(type(layer)) not in (None, Kind.FLATTEN, Kind.LINEAR)
+    return node.target in CALLS or node.target in (F.pad, *CASTS)
+
+
+def keeps_size(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Whether ``node`` keeps the size of a row that a Flatten made."""
+    return name_of(node, layer).lower().startswith(("dropout", "clone", "contiguous"))
+
+
+def can_end(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Whether ``node`` may shape the outputs of a network whose last layer is a convolution."""
+    return type(layer) in ENDS if layer is not None else node.target in (*ENDS, *RESHAPES)
 
 
 def kind_of(
@@ -147,7 +201,10 @@ def _reshapes(node: fx.Node, shapes: Shapes, same_batch: set[fx.Node]) -> Kind |
     sizes = tuple(sizes) if isinstance(sizes, tuple | list) else (sizes,)
     if len(sizes) == 2 and not node.kwargs:
         rows, columns = sizes
-        if shapes.batch.get(rows) in same_batch and (columns == -1 or columns in shapes):
+        maps = node.args[0]
+        same_size = {maps, *maps.all_input_nodes[: maps.target in ("contiguous", "clone")]}
+        adapts = columns == -1 or (columns in shapes and shapes.of[columns] <= same_size)
+        if shapes.batch.get(rows) in same_batch and adapts:
             return Kind.FLATTEN
     return (
         "must make one row of each example for any number of filters (write torch.flatten(x, 1), "
@@ -157,8 +214,7 @@ def _reshapes(node: fx.Node, shapes: Shapes, same_batch: set[fx.Node]) -> Kind |
 
 def _pads(node: fx.Node) -> Kind | str:
     given = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | node.kwargs
-    zeros = given.get("mode", "constant") == "constant" and not given.get("value")
-    if zeros and len(given["pad"]) <= 4:
+    if not given.get("value") and isinstance(given["pad"], tuple | list) and len(given["pad"]) <= 4:
         return Kind.PASSIVE
     return "pads with other than zeros, or other axes than those of the feature maps"
 
@@ -166,7 +222,9 @@ def _pads(node: fx.Node) -> Kind | str:
 def _averages(node: fx.Node) -> Kind | str:
     given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
     places = given.get("dim")
-    if isinstance(places, tuple | list) and {place % 4 for place in places} == {2, 3}:
+    if not isinstance(places, tuple | list) or not all(type(place) is int for place in places):
+        places = ()
+    if {place % 4 for place in places} == {2, 3}:
         return Kind.PASSIVE if given.get("keepdim", False) else Kind.FLATTEN
     return "averages over other than both axes of the feature maps (write nn.AdaptiveAvgPool2d(1))"
 

@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 
 from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
-from cnn_pruning.passes import Cost, device_of, evaluation, outputs_of, summed_loss
+from cnn_pruning.passes import Cost, device_of, evaluation, on_device, outputs_of, summed_loss
 from cnn_pruning.scores import Scores
 
 
@@ -38,7 +38,7 @@ def oracle(
     places = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
     with evaluation(chain.model):
         for images, labels in batches(data, batch_size):
-            images, labels = images.to(device), labels.to(device)
+            images, labels = on_device(images, device), on_device(labels, device)
             outputs = outputs_of(chain.model, images, run.run)
             base = summed_loss(outputs, labels, cost).cpu().double()
             values = run.env

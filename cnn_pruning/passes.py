@@ -1,5 +1,6 @@
 """The ground floor: one pass of a batch through a network, and checks of what is handed in."""
 
+import copy
 import math
 import numbers
 import operator
@@ -12,6 +13,10 @@ from torch.nn.functional import cross_entropy
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 """(outputs, labels) of a batch to what each of its N examples costs, (N,)."""
+
+
+class NoGradientError(TypeError):
+    """A layer whose filters have no gradient, because ``forward`` switches gradients off."""
 
 
 @contextmanager
@@ -33,6 +38,33 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
+    """Return a deep copy of ``model``, which can be trained even where gradients are off.
+
+    What its ``forward`` keeps of an earlier pass is copied without its history. With
+    ``share_parameters`` the copy has the parameters themselves.
+
+    Raises ``TypeError`` if the network holds something that can't be copied.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        memo |= {
+            id(value): value.detach().clone()
+            for value in vars(module).values()
+            if isinstance(value, Tensor) and not value.is_leaf
+        }
+    if share_parameters:
+        memo |= {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        with torch.inference_mode(False):
+            return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise TypeError(
+            f"The network can't be copied ({_first_line(error)}): take out of it what isn't a "
+            "layer or a tensor."
+        ) from error
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the parameters of ``model``, to which the data are moved.
 
@@ -52,7 +84,7 @@ def outputs_of(
     """
     try:
         return (forward or model)(images)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NoGradientError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         kind = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
@@ -87,9 +119,10 @@ def summed_loss(outputs: Tensor, labels: Tensor, cost: Cost | None = None) -> Te
             )
         return each.sum()
     check_labels(outputs, labels)
+    rounding = max(1e-5, 2 * torch.finfo(outputs.dtype).eps)
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if outputs.shape[1] > 1 and outputs.detach().amin() >= 0:
-        if (outputs.detach().sum(1) - 1).abs().max() < 1e-5:
+        if (outputs.detach().sum(1) - 1).abs().max() < rounding:
             raise ValueError(
                 "The network's outputs are probabilities (each row sums to 1), but cross-entropy "
                 "takes logits: leave out the softmax at the end, or use nn.LogSoftmax."
@@ -109,9 +142,12 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
             f"The network must return logits (N, classes), but it returned {tuple(outputs.shape)}: "
             "let it end in nn.Flatten or nn.Linear, or give a cost of your own."
         )
+    if not outputs.is_floating_point():
+        raise ValueError(f"The network must return floating-point logits, not {outputs.dtype}.")
     if not isinstance(labels, Tensor):
         raise ValueError(
-            f"The labels must be integers, but the first one is {labels[0]!r}: number the classes."
+            f"The labels must be integers, but they are a {type(labels).__name__}: number the "
+            "classes, or give a cost of your own."
         )
     if labels.shape != outputs.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
@@ -124,6 +160,13 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
             f"The labels must be from 0 to {outputs.shape[1] - 1}, one for each output of the "
             f"network, but they go from {low} to {high}."
         )
+
+
+def on_device(values: object, device: torch.device) -> object:
+    """``values`` on ``device``, and free of inference mode; what isn't a tensor stays as it is."""
+    if not isinstance(values, Tensor):
+        return values
+    return values.clone().to(device) if values.is_inference() else values.to(device)
 
 
 def index(value: object) -> int:

@@ -1,6 +1,5 @@
 """Score the filters of a network, mask them, remove them: the method, step by step."""
 
-import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from cnn_pruning import criteria, scores
 from cnn_pruning.chain import Chain, Link, read_chain
 from cnn_pruning.criteria import PerExample
 from cnn_pruning.feature_maps import on_feature_maps
-from cnn_pruning.passes import Cost, index
+from cnn_pruning.passes import Cost, copy_of, index
 from cnn_pruning.scores import Filters, Scores, select_filters, spare_filters
 
 
@@ -100,7 +99,7 @@ def remove(chain: Chain, filters: Mapping[str, Iterable[int]]) -> nn.Module:
                 f"{layer} would lose all of its {len(indices)} filters: leave at least one."
             )
     with torch.inference_mode(False):  # else the copy couldn't be trained
-        model = copy.deepcopy(chain.model)
+        model = copy_of(chain.model)
         model.zero_grad()
         for layer, indices in removed.items():
             if indices:

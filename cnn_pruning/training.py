@@ -13,9 +13,11 @@ from torch.utils.data import Dataset
 from cnn_pruning.data import batches
 from cnn_pruning.model import CNN
 from cnn_pruning.passes import (
+    copy_of,
     device_of,
     evaluation,
     integer,
+    on_device,
     outputs_of,
     positive,
     summed_loss,
@@ -40,7 +42,7 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[fl
     loader = batches(data, batch_size)
     with evaluation(model):
         for images, labels in loader:
-            images, labels = images.to(device), _on(device, labels)
+            images, labels = on_device(images, device), on_device(labels, device)
             logits = outputs_of(model, images)
             loss += summed_loss(logits, labels).item()
             correct += (logits.argmax(1) == labels).sum().item()
@@ -79,7 +81,7 @@ def fit(
     epochs, lr, seed = check_settings(epochs, lr, seed)
     loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
     evaluate(model, val)  # raises, if it must, before the model changes
-    check_trainable(model, train, batch_size)
+    check_trainable(model, train, integer("batch_size", batch_size, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=max(1, steps))
@@ -121,7 +123,7 @@ def update(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tenso
     The gradients stay until the next step. They are those of the *mean* loss.
     """
     device = device_of(model)
-    images, labels = images.to(device), _on(device, labels)
+    images, labels = on_device(images, device), on_device(labels, device)
     optimizer.zero_grad()
     with mixed_precision(model):
         logits = outputs_of(model, images)
@@ -139,6 +141,8 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
     """
     device = device_of(model)
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
         training_flags(model),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
@@ -193,16 +197,17 @@ def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:
             "The network has no parameter to train: set requires_grad of those that should learn."
         )
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms and len(train) % batch_size == 1:
-        trial = copy.deepcopy(model).train()
+    if norms and (len(train) % batch_size == 1 or batch_size == 1):
+        trial = copy_of(model)
+        trial.train()
         with torch.random.fork_rng([]), torch.no_grad():
             images, _ = next(iter(batches(train, 1)))
             try:
                 trial(images.to(device_of(model)))
             except ValueError as error:
                 raise ValueError(
-                    f"{len(train)} images in mini-batches of {batch_size} leave a last one of a "
-                    "single image, on which batch norm can't train: use another batch_size."
+                    f"{len(train)} images in mini-batches of {batch_size} leave one of a single "
+                    "image, on which batch norm can't train: use another batch_size."
                 ) from error
 
 
@@ -216,8 +221,3 @@ def _seed(seed: int) -> int:
     if seed >= 2**64:
         raise ValueError(f"seed must be below 2**64, but it is {seed}.")
     return seed
-
-
-def _on(device: torch.device, labels: object) -> object:
-    """``labels`` on ``device``; what isn't a tensor is left for ``summed_loss`` to refuse."""
-    return labels.to(device) if isinstance(labels, Tensor) else labels

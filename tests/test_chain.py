@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 import warnings
 
 import pytest
@@ -12,8 +13,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import TaylorPruner, filter_scores, mask_filters, operations, remove_filters
+from cnn_pruning import (
+    TaylorPruner,
+    chain,
+    filter_scores,
+    fit,
+    mask_filters,
+    operations,
+    remove_filters,
+)
 from cnn_pruning.chain import read_chain
+from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.operations import Kind
 
 
@@ -169,6 +179,11 @@ def probe(kind):
         nn.ZeroPad2d: (1,),
         nn.BatchNorm2d: (4,),
         nn.Upsample: (None, 2),
+        nn.UpsamplingBilinear2d: (None, 2),
+        nn.UpsamplingNearest2d: (None, 2),
+        nn.CircularPad2d: (1,),
+        nn.ReflectionPad2d: (1,),
+        nn.ReplicationPad2d: (1,),
     }
     return kind(*special.get(kind, ()))
 
@@ -326,13 +341,10 @@ def test_a_traced_network_is_refused():
         filter_scores(traced, data())
 
 
-@pytest.mark.parametrize("last", [nn.Softmax(1), lambda: F.softmax])
+@pytest.mark.parametrize("last", [lambda m, y: m.last(y), lambda m, y: F.softmax(y, 1)])
 def test_a_softmax_at_the_end_is_refused_unless_the_cost_is_ones_own(last):
-    layer = last if isinstance(last, nn.Module) else None
-    model = Net(
-        lambda m, x: (layer or (lambda y: F.softmax(y, 1)))(m.head(flatten(m.second(m.first(x)))))
-    )
-    model.last = layer
+    model = Net(lambda m, x: last(m, m.head(flatten(m.second(m.first(x))))))
+    model.last = nn.Softmax(1)
     for use in (lambda: TaylorPruner(model), lambda: filter_scores(model, data())):
         with pytest.raises(TypeError, match=r"softmax .*logits"):
             use()
@@ -365,7 +377,7 @@ def test_a_hook_that_hides_a_feature_map_is_an_error():
         *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()), nn.Linear(144, 3)
     )
     model[1].register_forward_hook(lambda module, inputs, output: torch.ones(output.shape))
-    with pytest.raises(TypeError, match=r"feature maps of 0 .*hooks"):
+    with pytest.raises(TypeError, match=r"^1 has hooks"):
         filter_scores(model, data())
 
 
@@ -380,3 +392,260 @@ def test_written_and_plain_networks_have_the_same_scores():
         written = Written(copy.deepcopy(list(plain)), random.Random(seed))
         scores = filter_scores(written, data())
         torch.testing.assert_close(list(scores.values()), list(expected.values()))
+
+
+def test_a_network_is_read_once_in_each_public_call(monkeypatch):
+    read = []
+    trace = chain.trace
+
+    def counted(model, training):
+        read.append(training)
+        return trace(model, training)
+
+    monkeypatch.setattr(chain, "trace", counted)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(80, 3)),
+    )
+    calls = {
+        "score": lambda: filter_scores(model, data(), "oracle_abs"),
+        "mask": lambda: mask_filters(model, {"0": [1]}).__enter__(),
+        "remove": lambda: remove_filters(model, {"0": [1], "2": [0, 3]}),
+        "schedule": lambda: list(prune_iteratively(model, data(), data(), filters=3, updates=1)),
+    }
+    for name, call in calls.items():
+        read.clear()
+        call()
+        assert read == [False, True], name  # once as in evaluation, once as in training
+
+
+class Remembers(Net):
+    """Keeps a moving mean, what it computed, and adds noise in training."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.register_buffer("mean", torch.zeros(()))
+        self.kept, self.last = [], None
+
+    def forward(self, x):
+        if self.training:
+            x = x + 0.1 * torch.rand(1) * random.random()
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        y = self.head(flatten(self.second(self.first(x))))
+        self.last = y
+        self.kept.append(1)
+        return y
+
+
+def test_reading_a_network_leaves_its_state_and_all_random_numbers_alone():
+    model = Remembers()
+    model(data().tensors[0])  # keeps a tensor with its history
+    before, numbers = state_of(model), random.getstate()
+    mean, kept = model.mean, list(model.kept)
+    gone = {"first": [0], "second": [1]}
+    small = remove_filters(model, gone)
+    filter_scores(model.eval(), data())
+    with mask_filters(model, gone):
+        pass
+    model.train()
+    assert model.mean is mean and len(model.kept) == len(kept) + 1  # of the one pass that scored
+    assert random.getstate() == numbers
+    assert_same(state_of(model), before)
+    assert small(data().tensors[0]).shape == (4, 3)
+
+
+class NoGradient(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            z = F.relu(self.first(x))
+        return self.head(flatten(self.second(z)))
+
+
+def test_a_forward_that_switches_gradients_off_is_refused_where_they_are_needed():
+    model = NoGradient(None)
+    some = data()
+    for use in (
+        lambda: filter_scores(model, some),
+        lambda: list(prune_iteratively(model, some, some, filters=8, updates=1)),
+    ):
+        with pytest.raises(TypeError, match=r"first runs under torch\.no_grad"):
+            use()
+    filter_scores(model, some, "apoz")
+    model.eval()
+    with torch.no_grad(), mask_filters(model, {"first": [0]}):
+        masked = model(some.tensors[0])
+    small = remove_filters(model, {"first": [0]})
+    torch.testing.assert_close(small(some.tensors[0]), masked)
+
+
+def test_a_forward_set_on_the_object_is_refused():
+    model = Net(WAYS["functions"][0])
+    model.forward = lambda x: x.sum()
+    with pytest.raises(TypeError, match="forward of its own"):
+        read_chain(model)
+
+
+# Wrong answers that nobody would see
+
+
+class Looks(Net):
+    def __init__(self):
+        super().__init__(None)
+        self.norm, self.act = nn.BatchNorm2d(5), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.head(flatten(self.second(self.act(self.norm(self.first(x))))))
+
+
+@pytest.mark.parametrize("layer", ["norm", "act"])
+@pytest.mark.parametrize(
+    "hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_hooks_between_a_convolution_and_its_consumer_are_refused(layer, hook):
+    model = Looks()
+    getattr(model.get_submodule(layer), hook)(lambda module, *values: None)
+    for use in uses(model, data()):
+        with pytest.raises(TypeError, match=f"{layer} has hooks"):
+            use()
+
+
+def test_a_hook_that_looks_at_a_convolution_changes_nothing():
+    expected = filter_scores(Looks(), data())
+    model, seen = Looks(), []
+    model.first.register_forward_hook(lambda module, inputs, output: seen.append(output.sum()))
+    torch.testing.assert_close(filter_scores(model, data()), expected)
+    assert seen
+
+
+OFF_THE_WAY = {
+    "frames flattened": (
+        lambda m, x: m.head(m.second(m.first(torch.cat((x, x)))).view(x.size(0), -1)),
+        "one row of each example",
+    ),
+    "repeated": (
+        lambda m, x: m.head(m.second(m.first(x.repeat(2, 1, 1, 1))).view(x.size(0), -1)),
+        "one row of each example",
+    ),
+    "the number of filters": (
+        lambda m, x: m.head(flatten(z := m.second(m.first(x)))) / z.size(1) ** 0.5,
+        "computes with the shape",
+    ),
+    "a weight": (
+        lambda m, x: m.head(flatten(m.second(m.first(x)))) * m.first.weight.norm(),
+        "outside its layer",
+    ),
+    "a layer again": (
+        lambda m, x: m.head(flatten(m.second(m.first(x)))) + m.head(x.new_ones(1, 256)),
+        "used twice",
+    ),
+    "columns of the input": (
+        lambda m, x: m.head(m.second(m.first(x)).view(x.size(0), 4 * x.size(2) * x.size(3))),
+        "one row of each example",
+    ),
+    "a padded row": (
+        lambda m, x: m.head(F.pad(flatten(m.second(m.first(x))), (0, 0))),
+        "changes the size of a row",
+    ),
+    "dropout in evaluation": (
+        lambda m, x: m.head(flatten(F.dropout(m.second(m.first(x)), 0.5))),
+        r"training=self\.training",
+    ),
+    "dropout in evaluation, in the tail": (
+        lambda m, x: F.dropout(m.head(flatten(m.second(m.first(x)))), 0.5),
+        r"training=self\.training",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OFF_THE_WAY)
+def test_what_would_be_wrong_without_a_word_is_refused(way):
+    how, message = OFF_THE_WAY[way]
+    for use in uses(Net(how), data()):
+        with pytest.raises(TypeError, match=message):
+            use()
+
+
+def test_several_maps_for_an_example_are_refused_where_they_are_scored():
+    crops = Net(lambda m, x: m.head(flatten(m.second(m.first(torch.cat((x, x)))))).chunk(2)[0])
+    with pytest.raises(TypeError, match=r"(first|second) puts out 8 feature maps for 4 examples"):
+        filter_scores(crops, data())
+
+
+def test_batch_statistics_anywhere_are_refused():
+    model = Net(lambda m, x: m.norm(m.head(flatten(m.second(m.first(x))))))
+    model.norm = nn.BatchNorm1d(3, track_running_stats=False)
+    with pytest.raises(TypeError, match="norm is a batch norm without running statistics"):
+        filter_scores(model, data())
+
+
+def test_wrappers_inside_a_network_are_refused_by_name():
+    inner = nn.DataParallel(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()))
+    model = nn.Sequential(inner, nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(48, 3))
+    with pytest.raises(TypeError, match=r"^0 is a DataParallel: put in its place .* 0\.module"):
+        filter_scores(model, data())
+
+
+def guesses(m, x):
+    sharp = bool(x.mean() > 0.9)
+    z = m.first(x)
+    if not sharp:
+        z = z.flip(1)
+    return m.head(flatten(m.second(z)))
+
+
+def checks(m, x):
+    if x.shape[1] != 1:
+        raise ValueError(f"gray images, not {x.shape[1]} channels")
+    return m.head(flatten(m.second(m.first(x))))
+
+
+def test_a_branch_is_never_guessed_but_a_check_may_raise():
+    with pytest.raises(TypeError, match="control flow"):
+        read_chain(Net(guesses))
+    check_exact(Net(checks), data().tensors[0])
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda z: F.log_softmax(F.adaptive_avg_pool2d(z, 1).squeeze(-1).squeeze(-1), 1),
+        lambda z: F.adaptive_avg_pool2d(z, 1)[:, :, 0, 0],
+        lambda z: F.adaptive_avg_pool2d(z, 1).view(-1, 3),
+        lambda z: F.log_softmax(z.mean((2, 3)), dim=1),
+    ],
+)
+def test_a_network_may_end_in_a_convolution(end):
+    model = Net(lambda m, x: end(m.last(F.relu(m.first(x)))))
+    model.last = nn.Conv2d(5, 3, 1)
+    del model.second, model.head
+    assert check_exact(model, data().tensors[0]) == ["first"]
+
+
+def test_what_cannot_be_copied_is_an_error_that_says_so():
+    model = Net(WAYS["functions"][0])
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"can't be copied .*_thread\.lock"):
+        filter_scores(model, data())
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_scoring_and_training_work_where_gradients_are_off(off):
+    some = data(8)
+    model = Net(WAYS["functions"][0])
+    expected = filter_scores(model, some)
+    with off():
+        torch.testing.assert_close(filter_scores(model, some), expected)
+        filter_scores(model, some, "obd")
+        fit(model, some, some, epochs=1)
+        (step,) = prune_iteratively(model, some, some, filters=8, updates=2)
+    assert step.filters == 8
+
+
+def test_frozen_layers_may_be_followed_by_ones_that_work_in_place():
+    model = Net(lambda m, x: m.head(flatten(m.second(m.drop(F.relu(m.first(x)))))))
+    model.drop = nn.Dropout(0.5, inplace=True)
+    model.first.requires_grad_(False)
+    some = data(8)
+    assert list(filter_scores(model, some)) == ["first", "second"]
+    (step,) = prune_iteratively(model, some, some, filters=8, updates=2)
+    assert step.filters == 8
