@@ -1,4 +1,4 @@
-"""The whole experiment without a notebook: train, score, prune, fine-tune."""
+"""The whole experiment without a notebook: train, score, select, remove, fine-tune."""
 
 import argparse
 import math
@@ -30,23 +30,30 @@ from cnn_pruning.measure import costs
 from cnn_pruning.scores import Filters
 
 PROGRAM = "python -m cnn_pruning"
-Splits = tuple[TensorDataset, TensorDataset, TensorDataset]
+
+# Options
+
+
+def refuse(message: str) -> NoReturn:
+    """Exit with status 2 and ``message`` in one line."""
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        refuse(message)
 
 
 def integer(lowest: int, highest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
+    def read(text: str) -> int:
         if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
             raise argparse.ArgumentTypeError(
                 f"{text[:20]!r} is not an integer from {lowest} to {highest}"
             )
         return int(text)
 
-    return parse
+    return read
 
 
 def rate(text: str) -> float:
@@ -67,15 +74,16 @@ def device(text: str) -> torch.device:
         return found
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a device of this machine: use 'cpu', or 'cuda' where there is one"
+            f"{text!r} is not a device of this machine: use 'cpu', or 'cuda' if it has one"
         ) from None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the options; exit with status 2 and one line if one can't be used."""
     parser = Parser(
         prog=PROGRAM,
         description="Train a CNN on FashionMNIST, score its filters with the Taylor criterion, "
-        "remove the lowest, fine-tune. Every step is tracked in MLflow.",
+        "remove the lowest, and fine-tune. MLflow tracks every step.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -86,14 +94,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=[8, 16],
         help="filters of each layer",
     )
-    add("--remove", type=integer(0, 1_000_000), default=7, help="how many filters to remove")
+    add("--remove", type=integer(0, 1_000_000), default=7, help="filters to remove")
     add(
         "--updates",
         type=integer(0, 1_000_000),
         default=None,
-        help="remove step by step, with so many updates before each; without it, in one shot",
+        help="remove step by step, with this many updates before each step; without this option, "
+        "remove all in one shot",
     )
-    add("--per-step", type=integer(1, 1024), default=1, help="filters a step, with --updates")
+    add("--per-step", type=integer(1, 1024), default=1, help="filters per step, with --updates")
     add("--epochs", type=integer(1, 10_000), default=5, help="epochs of training")
     add("--fine-tune-epochs", type=integer(0, 10_000), default=5, help="epochs after pruning")
     add("--batch-size", type=integer(1, 60_000), default=128, help="images in a mini-batch")
@@ -102,7 +111,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seed",
         type=integer(0, 2**63 - 1),
         default=1,
-        help="draws the weights and the order of the images",
+        help="decides the first weights and the order of the images",
     )
     add("--device", type=device, default="cpu", help="where to compute")
     add("--data", type=Path, default=None, help="folder of the data set, if not the project's")
@@ -114,6 +123,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
     return options
 
+
+# The experiment
 
 FORMATS = {
     "filters": "{:.0f}".format,
@@ -130,7 +141,9 @@ def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str,
     return {"val accuracy": evaluate(model, val)[1], "test accuracy": evaluate(model, test)[1]}
 
 
-def prune_in_one_shot(model: CNN, train, val, options) -> tuple[CNN, Filters]:
+def prune_in_one_shot(
+    model: CNN, train: TensorDataset, val: TensorDataset, options: argparse.Namespace
+) -> tuple[CNN, Filters]:
     scores = normalize(filter_scores(model, train))
     removed = select_filters(scores, options.remove)
     small = remove_filters(model, removed)
@@ -141,11 +154,13 @@ def prune_in_one_shot(model: CNN, train, val, options) -> tuple[CNN, Filters]:
     return small, removed
 
 
-def prune_step_by_step(model: CNN, train, val, options) -> tuple[CNN, Filters]:
-    """One MLflow step a removal, so that its page draws accuracy against what is left."""
+def prune_step_by_step(
+    model: CNN, train: TensorDataset, val: TensorDataset, options: argparse.Namespace
+) -> tuple[CNN, Filters]:
+    """Log one MLflow step per removal, so that MLflow can draw accuracy against what is left."""
     tracking.log_settings({"updates": options.updates, "per_step": options.per_step})
     small = remove_filters(model, {})
-    removed = {layer: [] for layer in read_chain(model).links}
+    removed: Filters = {layer: [] for layer in read_chain(model).links}
     steps = prune_iteratively(
         model,
         train,
@@ -161,12 +176,13 @@ def prune_step_by_step(model: CNN, train, val, options) -> tuple[CNN, Filters]:
         for layer, filters in step.removed.items():
             removed[layer] += filters
         names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
-        tracking.log_metrics({name: getattr(step, name) for name in names}, step=number)
+        tracking.log_metrics({name: getattr(step, name) for name in names}, number)
     return small, removed
 
 
-def experiment(options: argparse.Namespace, splits: Splits) -> None:
-    train, val, test = splits
+def experiment(
+    options: argparse.Namespace, train: TensorDataset, val: TensorDataset, test: TensorDataset
+) -> None:
     settings = {"batch_size": options.batch_size, "lr": options.lr, "seed": options.seed}
     rows = {}
 
@@ -177,20 +193,17 @@ def experiment(options: argparse.Namespace, splits: Splits) -> None:
         model = CNN(options.channels).to(options.device)
         with tracking.run("train"):
             fit_and_log(model, train, val, test, epochs=options.epochs, **settings)
-            if options.device.type == "cpu":
-                tracking.mark_as_baseline()
+            if options.device.type == "cpu":  # where the notebooks would have trained it
+                tracking.set_stage("baseline")
         rows["trained"] = accuracies(model, val, test)
 
         with tracking.run("prune"):
             tracking.log_settings({"criterion": "taylor", "removed": options.remove})
-            if options.updates is None:
-                small, removed = prune_in_one_shot(model, train, val, options)
-            else:
-                small, removed = prune_step_by_step(model, train, val, options)
-            _, val_accuracy = evaluate(small, val)
+            prune = prune_in_one_shot if options.updates is None else prune_step_by_step
+            small, removed = prune(model, train, val, options)
+            rows["pruned"] = {"val accuracy": evaluate(small, val)[1]}
             tracking.log_dict(removed, "removed.json")
             tracking.log_network(small)
-        rows["pruned"] = {"val accuracy": val_accuracy}
 
         with tracking.run("fine-tune"):
             fit_and_log(small, train, val, test, epochs=options.fine_tune_epochs, **settings)
@@ -201,33 +214,25 @@ def experiment(options: argparse.Namespace, splits: Splits) -> None:
         measured["pruned"] = measured["fine-tuned"]  # one architecture
         rows = {name: measured[name] | found for name, found in rows.items()}
         for network in (model, small):
-            print(summary(network.cpu(), (1, 1, 28, 28), verbose=0))
+            print(summary(network.cpu(), (1, *network.IMAGE_SHAPE), verbose=0))
         for layer, filters in removed.items():
             print(f"removed from {layer}: {len(filters)} filters {filters}")
         print(f"\n{pd.DataFrame(rows).T.to_string(formatters=FORMATS, na_rep='')}")
-        print(f"\nThe pictures and curves are in MLflow: {tracking.address_of_runs()}")
-        print(f"MLflow run {parent.info.run_id}, in {tracking.store()}")
-
-
-def interrupted() -> int:
-    print("Interrupted; the MLflow run, if it had begun, is marked killed.", file=sys.stderr)
-    return 130
+        print(f"\n{tracking.where_to_look(parent)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
     try:
-        splits = fashion_mnist(options.data)
-        tracking.connect()
+        options = parse(arguments)
+        try:
+            splits = fashion_mnist(options.data)
+            tracking.connect()  # after the data, because the first call makes a database
+        except (OSError, ValueError) as error:
+            refuse(str(error))
+        experiment(options, *splits)
     except KeyboardInterrupt:
-        return interrupted()
-    except (OSError, ValueError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    try:
-        experiment(options, splits)
-    except KeyboardInterrupt:
-        return interrupted()
+        print("Interrupted. If the MLflow run had begun, it is marked as killed.", file=sys.stderr)
+        return 130
     except FloatingPointError as error:
         print(error, file=sys.stderr)
         return 1

@@ -21,9 +21,9 @@ def fit_and_log(
 ) -> list[Row]:
     """Train ``model`` with ``fit`` and log everything to the active run; return the history.
 
-    The settings are those of ``fit``. They are logged as parameters, together with the channels.
-    ``train_loss``, ``val_loss`` and ``val_accuracy`` are logged after each epoch. At the end,
-    ``test_loss`` and ``test_accuracy``, the learning curves, the summary and the network are logged.
+    ``settings`` are those of ``fit``. They are logged as parameters, together with the channels.
+    ``train_loss``, ``val_loss`` and ``val_accuracy`` are logged after each epoch; at the end follow
+    ``test_loss``, ``test_accuracy``, the learning curves, the summary and the network.
     """
     from cnn_pruning import plots
 
@@ -35,11 +35,11 @@ def fit_and_log(
 
     tracking.log_settings({"channels": model.channels, **settings})
     for name, data in (("train", train), ("validation", val), ("test", test)):
-        tracking.log_data(name, data)
+        tracking.log_data(data, name)
     history = fit(model, train, val, on_epoch=log, **settings)
     test_loss, test_accuracy = evaluate(model, test)
     tracking.log_metrics({"test_loss": test_loss, "test_accuracy": test_accuracy})
-    tracking.log_figure("training.png", plots.curves({"network": history}, "Training"))
+    tracking.log_figure(plots.curves({"network": history}, "Training"), "training.png")
     tracking.log_network(model)
     return history
 
@@ -82,6 +82,6 @@ def baseline(
 
     with tracking.run("cnn-pruning") as parent, tracking.run("train", parent.info.run_id) as active:
         fit_and_log(model, train, val, test, **settings)
-        tracking.mark("baseline")
+        tracking.set_stage("baseline")
     # Read it back, so that the first call returns what the later calls will return.
     return tracking.load_network(active.info.run_id), active.info.run_id

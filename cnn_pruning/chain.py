@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from cnn_pruning import operations
 from cnn_pruning.operations import Kind
-from cnn_pruning.tracing import check_network, trace
+from cnn_pruning.tracing import check_network, hooked, trace
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class _Reading:
 
     def _read_conv(self, node: fx.Node, conv: nn.Conv2d, on_the_way: bool) -> None:
         self._check_weights(node, conv)
+        self._check_hooks(node, conv)
         if conv.groups != 1:
             raise self._not_a_chain(node, f"is a grouped convolution (groups={conv.groups})")
         if on_the_way:
@@ -157,6 +158,7 @@ class _Reading:
             raise self.doubt
         elif kind is Kind.LINEAR:
             self._check_weights(node, layer)
+            self._check_hooks(node, layer)
             if not self.flat:
                 raise self._not_a_chain(
                     node, "is a Linear without a Flatten before it (write nn.Flatten())"
@@ -168,8 +170,7 @@ class _Reading:
             self._check_weights(node, layer)
             self._check_size(node, layer.num_features)
             self._change(norms=(*self._link.norms, node.target))
-        if layer is not None and _hooked(layer):
-            raise self._not_a_chain(node, "has hooks (remove them while you prune)")
+        self._check_hooks(node, layer)
         self.passed.add(self.at)
         self.at = node
         self.way.append((node.op, node.target))
@@ -216,6 +217,10 @@ class _Reading:
                 node, f"takes {size} values for the {filters} filters of {self._link.conv}"
             )
 
+    def _check_hooks(self, node: fx.Node, layer: nn.Module | None) -> None:
+        if layer is not None and hooked(layer):
+            raise self._not_a_chain(node, "has hooks (remove them while you prune)")
+
     def _check_weights(self, node: fx.Node, layer: nn.Module) -> None:
         if not {"weight", "bias"} <= layer._parameters.keys():
             raise self._not_a_chain(node, "has a weight that is computed from others")
@@ -231,6 +236,8 @@ class _Reading:
                     raise self._not_a_chain(node, "is used twice")
                 used.add(node.target)
             elif node.op == "get_attr" and node.target.rpartition(".")[0] in cut:
+                if all(user.args[1:] in (("device",), ("dtype",)) for user in node.users):
+                    continue
                 raise self._not_a_chain(node, "is used outside its layer, too")
 
     def _not_a_chain(self, node: fx.Node, why: str) -> TypeError:
@@ -240,10 +247,6 @@ class _Reading:
             name = f"{node.name}, in {inside}," if inside else node.name
         return TypeError(
             f"{name} {why}: only chains of Conv2d, BatchNorm2d, activations, pooling, dropout, "
-            "Flatten and Linear can be pruned here. For other networks use Torch-Pruning."
+            "Flatten and Linear can be pruned here. For other networks use Torch-Pruning, by way "
+            "of cnn_pruning.groups."
         )
-
-
-def _hooked(layer: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(layer, kind) for kind in kinds)

@@ -68,6 +68,8 @@ def feature_maps(
             gradients = [None] * len(found)
             if gradient:  # of the sum, so that each example has its own
                 loss = summed_loss(outputs, labels, cost)
+                if not loss.requires_grad:
+                    raise ValueError("The cost has no gradient: compute it from the outputs.")
                 gradients = torch.autograd.grad(loss, list(found.values()))
         filters = chain.filters()
         yield (
@@ -131,7 +133,7 @@ def on_feature_maps(chain: Chain, act: Callable[[str, Tensor], Tensor | None]) -
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer, link in chain.links.items():
             conv = chain.model.get_submodule(layer)
-            handle = conv.register_forward_hook(follower.starts(layer, link.steps))
+            handle = conv.register_forward_hook(follower.starts(conv, layer, link.steps))
             stack.callback(handle.remove)
         yield stack.enter_context(follower)
 
@@ -149,11 +151,14 @@ class _Follower(TorchFunctionMode):
         self.at: Tensor | None = None
         self.left = 0
 
-    def starts(self, layer: str, steps: int) -> Callable:
-        def hook(conv: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def starts(self, conv: nn.Module, layer: str, steps: int) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            if module is not conv:  # a copy that was made meanwhile
+                return None
             self.layer, self.at, self.left = layer, output, steps
             return self._arrived(output)
 
+        hook.of_pruning = True
         return hook
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -84,6 +84,7 @@ def prune_iteratively(
     """
     name, target = _target(filters=filters, parameters=parameters, macs=macs)
     per_step = integer("per_step", per_step, 1)
+    batch_size = integer("batch_size", batch_size, 1)
     updates = integer("updates", updates, 0)
     _, lr, seed = check_settings(1, lr, seed)
     chain = read_chain(model)

@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnn_pruning.model import CNN
-from cnn_pruning.passes import evaluation, integer, outputs_of
+from cnn_pruning.passes import device_of, evaluation, integer, outputs_of
 
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of weights and biases of ``model``."""
+    device_of(model)  # raises if it isn't a network
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -51,10 +52,13 @@ def latency(
     images = [_images(model, batch_size, image_shape) for model in models]
     networks = [copy.deepcopy(model).eval() for model in models]
     times: list[list[float]] = [[] for _ in models]
+    for network, batch in zip(networks, images, strict=True):
+        with torch.no_grad():
+            outputs_of(network, batch)  # raises, if it must, in a sentence
     turns = list(zip(networks, images, times, strict=True))
     shuffle = random.Random(0).shuffle
     with torch.no_grad():
-        for _ in range(5 + repeats):
+        for _ in range(4 + repeats):  # and one pass before
             shuffle(turns)
             for network, batch, row in turns:
                 start = time.perf_counter()
@@ -62,7 +66,7 @@ def latency(
                 if batch.is_cuda:
                     torch.cuda.synchronize(batch.device)
                 row.append(1000 * (time.perf_counter() - start))
-    quartiles = [statistics.quantiles(row[5:], n=4) for row in times]
+    quartiles = [statistics.quantiles(row[4:], n=4) for row in times]
     return [(median, first, third) for first, median, third in quartiles]
 
 
@@ -76,6 +80,7 @@ def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, ...] | No
         )
     sizes = [integer("image_shape", size, 1) for size in image_shape]
     batch_size = integer("batch_size", batch_size, 1)
+    device_of(model)  # raises if it isn't a network
     parameter = next(model.parameters(), torch.empty(0))
     own = torch.Generator().manual_seed(0)  # the caller's random numbers stay untouched
     return torch.rand(batch_size, *sizes, generator=own).to(parameter)

@@ -221,7 +221,7 @@ def _pads(node: fx.Node) -> Kind | str:
 
 def _averages(node: fx.Node) -> Kind | str:
     given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
-    places = given.get("dim")
+    places = given.get("dim", given.get("axis"))
     if not isinstance(places, tuple | list) or not all(type(place) is int for place in places):
         places = ()
     if {place % 4 for place in places} == {2, 3}:

@@ -60,7 +60,7 @@ def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
             return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise TypeError(
-            f"The network can't be copied ({_first_line(error)}): take out of it what isn't a "
+            f"The network can't be copied ({first_line(error)}): take out of it what isn't a "
             "layer or a tensor."
         ) from error
 
@@ -90,12 +90,12 @@ def outputs_of(
         kind = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
         weights = next((str(p.dtype) for p in model.parameters()), "").removeprefix("torch.")
         raise ValueError(
-            f"The network can't take a batch of {kind} images ({_first_line(error)}): check their "
+            f"The network can't take a batch of {kind} images ({first_line(error)}): check their "
             f"shape, (N, channels, height, width), and their dtype; its weights are {weights}."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:")[:200]
 

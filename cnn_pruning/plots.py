@@ -1,5 +1,6 @@
 """The figures that several notebooks share, or that are too long for one: data in, figure out."""
 
+import base64
 import io
 import math
 import sys
@@ -12,10 +13,12 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 from torch import Tensor, nn
 
 # One color for a thing, in every figure. The layers and the removed filters have Okabe and Ito's;
-# the methods keep their distance from these, and from each other, for color-blind readers too.
+# the methods keep their distance from the first two layers, from removed filters, and from each
+# other, for color-blind readers too.
 LAYERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 REMOVED = "#D55E00"
 CONTROL = "#A0A0A0"
@@ -36,7 +39,7 @@ METHODS = {
     "one shot": "#009068",
     "scratch": "#8B80F9",
 }
-NEARLY_DEAD = 1_000
+NEARLY_DEAD = 1_000  # times less than the highest score
 STYLE = {
     "axes.formatter.limits": (-3, 6),
     "axes.formatter.use_mathtext": True,
@@ -53,10 +56,20 @@ def use_style() -> None:
     """Draw all figures alike; in a notebook, with two pixels where the page has one."""
     plt.rcParams.update(STYLE)
     ipython = sys.modules.get("IPython")
-    if ipython and ipython.get_ipython():
-        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    shell = ipython.get_ipython() if ipython else None
+    if not shell:
+        return
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("retina")
+    set_matplotlib_formats("retina")
+    pngs = shell.display_formatter.formatters["image/png"]
+    sharp = pngs.lookup_by_type(Figure)
+
+    def small(figure: Figure) -> tuple[bytes, dict] | None:
+        found = sharp(figure)  # in base64, and the size on the page; nothing for an empty figure
+        return found and (_in_256_colors(base64.b64decode(found[0])), found[1])
+
+    pngs.for_type(Figure, small)
 
 
 def headline(figure: Figure, text: str) -> None:
@@ -72,6 +85,15 @@ def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=2 * figure.dpi)
     plt.close(figure)
+    return _in_256_colors(file.getvalue())
+
+
+def _in_256_colors(picture: bytes) -> bytes:
+    """The same PNG in less than half of the bytes: a notebook has a megabyte for its figures."""
+    file = io.BytesIO()
+    colors = Image.open(io.BytesIO(picture)).convert("RGB")
+    few = colors.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
@@ -116,7 +138,7 @@ def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
         if histories:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, handlelength=3.5)
     headline(figure, title)
     return figure
 
@@ -166,7 +188,7 @@ def filter_cards(
         0.66 * (len(order) + 1) + 0.4,
         gridspec_kw={"width_ratios": [1 if slices == 1 else 7, *[1] * len(images), 2.5]},
     )
-    figure.set_dpi(64)  # hundreds of small pictures: a notebook stays under a megabyte
+    figure.set_dpi(72)  # hundreds of small pictures
     for axis, image in zip(axes[0, 1:], images, strict=False):
         _picture(axis, image[0], cmap="gray_r")
     for axis in (axes[0, 0], axes[0, -1]):
@@ -211,7 +233,7 @@ def estimate_against_truth(
         alive = (x > lowest) & (y > 0)
         hidden = ", ".join(map(str, (~alive).nonzero().flatten().tolist()))
         label = f"convolution {i + 1} ({layer})"
-        label += f", not drawn, dead or nearly so: {hidden}" if hidden else ""
+        label += f"; dead or nearly dead, not drawn: {hidden}" if hidden else ""
         axis.scatter(x[alive], y[alive], s=36, color=color, label=label)
         for k in alive.nonzero().flatten().tolist():
             points.append((x[k].item(), y[k].item(), k, color))
@@ -255,7 +277,7 @@ def accuracy_by_removed(
     figure, ((axis,),) = _figure(1, 1, 9, 4)
     for name, accuracy in methods.items():
         color, several = METHODS[name], len(accuracy) > 1
-        label = f"{name} (mean, lowest to highest)" if several else name
+        label = f"{name} (mean and range)" if several else name
         axis.plot(counts, 100 * accuracy.mean(0), marker="o", ms=4, color=color, label=label)
         if several:
             low, high = (100 * accuracy.aminmax(dim=0)[i] for i in (0, 1))
@@ -306,8 +328,9 @@ def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> F
             yticks=range(rows),
             xlabel=f"{'block of' if linear else 'input channel,'} {each} weights each",
             ylabel="class" if linear else "filter",
-            title=f"{name}: {total:,} → {stay:,}",
         )
+        kind = "linear" if linear else "convolution"
+        axis.set_title(f"{name} ({kind})\n{total:,} → {stay:,} parameters", size=11)
         axis.set_xticks([*range(columns), bias], [*range(columns), "bias"])
         axis.tick_params(labelsize=7, length=0)
         before = (rows, gone)

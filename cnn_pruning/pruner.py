@@ -61,7 +61,7 @@ def mask_filters(model: nn.Module, filters: Mapping[str, Iterable[int]]) -> Iter
     Source: the gate g of Molchanov et al. 2017, Eq. 2.
     """
     chain = read_chain(model)
-    masked = _checked(chain, filters)
+    masked = checked_filters(chain, filters)
     widths = chain.filters()
 
     def zero(layer: str, z: Tensor) -> Tensor | None:
@@ -91,7 +91,7 @@ def remove_filters(model: nn.Module, filters: Mapping[str, Iterable[int]]) -> nn
 
 def remove(chain: Chain, filters: Mapping[str, Iterable[int]]) -> nn.Module:
     """``remove_filters`` for a network that has been read: ``chain.of`` its result is its chain."""
-    removed = _checked(chain, filters)
+    removed = checked_filters(chain, filters)
     widths = chain.filters()
     for layer, indices in removed.items():
         if len(indices) == widths[layer]:
@@ -169,7 +169,7 @@ class TaylorPruner:
         return remove_filters(self.model, self.select(n))
 
 
-def _checked(chain: Chain, filters: Mapping[str, Iterable[int]]) -> Filters:
+def checked_filters(chain: Chain, filters: Mapping[str, Iterable[int]]) -> Filters:
     """``filters`` as sorted lists of integers, or a ``ValueError`` that says what is wrong."""
     if not isinstance(filters, Mapping):
         raise TypeError(

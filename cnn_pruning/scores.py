@@ -25,8 +25,13 @@ def normalize(scores: Scores) -> Scores:
     """
     normalized = {}
     for layer, values in _checked(scores).items():
-        norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares underflow in float32
-        normalized[layer] = (values.double() / norm).to(values.dtype) if norm > 0 else values
+        exact = values.double()  # squares underflow in float32
+        largest = exact.abs().max()
+        if largest > 0:
+            exact = exact / largest
+            exact = exact / torch.linalg.vector_norm(exact)
+        dtype = values.dtype if values.is_floating_point() else torch.float32
+        normalized[layer] = exact.to(dtype)
     return normalized
 
 
@@ -97,7 +102,8 @@ def _checked(scores: Scores) -> Scores:
             f"are a {type(scores).__name__}."
         )
     for layer, values in scores.items():
-        if not isinstance(values, Tensor) or values.dim() != 1 or values.dtype == torch.bool:
+        plain = isinstance(values, Tensor) and values.layout == torch.strided
+        if not plain or values.dim() != 1 or values.dtype == torch.bool or values.is_complex():
             kind = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else ""
             raise TypeError(
                 f"The scores of {layer} must be a tensor of numbers (filters,), but they are a "

@@ -11,6 +11,15 @@ from torch.nn.modules import module as hooks
 
 from cnn_pruning.passes import copy_of
 
+BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD)
+
+
+def hooked(layer: nn.Module, kinds: tuple[str, ...] = HOOKS) -> bool:
+    """Whether ``layer`` has hooks of others, which may change what it puts out, or look at it."""
+    found = [hook for kind in kinds for hook in getattr(layer, kind).values()]
+    return not all(getattr(hook, "of_pruning", False) for hook in found)
+
 
 def check_network(model: nn.Module) -> None:
     """Raise ``TypeError`` for what isn't a network of its own, with what to hand in instead."""
@@ -39,6 +48,9 @@ def check_network(model: nn.Module) -> None:
                 f"{where} has a forward of its own, set on the object: write it as a method of its "
                 "class."
             )
+        container = name and next(layer.children(), None) is not None
+        if (container and hooked(layer)) or (name and hooked(layer, BACKWARD)):
+            raise TypeError(f"{name} has hooks: remove them while you prune.")
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
             raise TypeError(
                 f"{where} is a {kind} without weights yet: run one batch through the network first."
@@ -64,7 +76,7 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
         raise TypeError(
             f"{type(model).__name__} can't be read as a chain of layers ({error}): its forward may "
             "not depend on what it computes (write torch.flatten(x, 1) for shapes computed by "
-            "hand), or use Torch-Pruning."
+            "hand), or use Torch-Pruning, by way of cnn_pruning.groups."
         ) from error
     finally:
         random.setstate(numbers)

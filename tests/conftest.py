@@ -31,13 +31,35 @@ def processes():
     return multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The folder and the address of a store that the tests of a file share."""
+    from stores import new_store  # takes seconds, which the other tests needn't wait for
+
+    folder = tmp_path_factory.mktemp("shared")
+    return folder, new_store(folder, tmp_path_factory)
+
+
+@pytest.fixture
+def store(shared, monkeypatch):
+    """MLflow is connected to the shared store; each test looks at its own runs only."""
+    from stores import no_figures, place
+
+    from cnn_pruning import tracking
+
+    no_figures(monkeypatch)
+    with place(*shared):
+        tracking.connect()
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _server(request, tmp_path_factory):
     """An MLflow server of its own process, with its own store; its address and folder."""
     if not any("server" in item.fixturenames for item in request.session.items):
         yield
         return
-    from stores import new_store  # takes seconds, which the other tests needn't wait for
+    from stores import new_store
 
     folder = tmp_path_factory.mktemp("server")
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -1,4 +1,4 @@
-"""Places where MLflow keeps runs, for the tests."""
+"""Places where MLflow keeps runs, and what the tests log there."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from unittest import mock
 import mlflow
 import pytest
 import torch
+from networks import assert_same
 from torch.utils.data import TensorDataset
 
 from cnn_pruning import CNN, tracking
@@ -18,6 +19,27 @@ def dataset(size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(size, 1, 28, 28, generator=generator)
     return TensorDataset(images, torch.randint(10, (size,), generator=generator))
+
+
+SETTINGS = {"epochs": 1, "batch_size": 20, "lr": 1e-3}
+SPLITS = dataset(60), dataset(30, seed=1), dataset(30, seed=2)
+IMAGES = SPLITS[2].tensors[0]
+
+
+def network(channels=(2, 3), seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CNN(channels)
+
+
+def logits(model, images=IMAGES):
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+def assert_equal_networks(left, right):
+    assert_same(dict(left.state_dict()), dict(right.state_dict()))
+    assert_same(logits(left), logits(right))
 
 
 @contextmanager
@@ -66,8 +88,8 @@ def new_store(folder, tmp_path_factory):
 
 
 def no_figures(monkeypatch):
-    """To draw one takes longer than to train a small network; without these, they are drawn."""
-    monkeypatch.setattr(mlflow, "log_figure", lambda *_, **__: None)
+    """Saving a figure takes longer than training a small network."""
+    monkeypatch.setattr(tracking, "log_figure", lambda *_: None)
 
 
 def runs(uri=None):
@@ -75,6 +97,10 @@ def runs(uri=None):
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
     return client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+
+
+def status(run_id):
+    return mlflow.get_run(run_id).info.status
 
 
 def artifacts(run_id, uri=None):

@@ -509,12 +509,41 @@ def test_hooks_between_a_convolution_and_its_consumer_are_refused(layer, hook):
             use()
 
 
-def test_a_hook_that_looks_at_a_convolution_changes_nothing():
-    expected = filter_scores(Looks(), data())
-    model, seen = Looks(), []
-    model.first.register_forward_hook(lambda module, inputs, output: seen.append(output.sum()))
-    torch.testing.assert_close(filter_scores(model, data()), expected)
-    assert seen
+@pytest.mark.parametrize("layer", ["first", "second", "head", "block"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_on_convolutions_consumers_and_containers_are_refused(layer, hook):
+    model = Net(lambda m, x: m.head(flatten(m.block(m.first(x)))))
+    model.block = nn.Sequential(model.second, nn.ReLU())
+    seen = []
+    named = {"second": model.second, "block": model.block}
+    getattr(named.get(layer, getattr(model, layer, None)), hook)(lambda *values: seen.append(1))
+    for use in uses(model, data()):
+        with pytest.raises(TypeError, match="has hooks"):
+            use()
+    assert not seen
+
+
+def test_a_copy_that_is_made_inside_a_mask_is_not_masked():
+    images = data().tensors[0]
+    for how in (WAYS["functions"][0], lambda m, x: m.head(flatten(m.second(m.first(x))))):
+        model = Net(how).eval()
+        gone = {"first": [0], "second": [1, 2]}
+        with torch.no_grad(), mask_filters(model, gone):
+            masked = model(images)
+            small = remove_filters(model, gone)
+            torch.testing.assert_close(small(images), masked)
+            plain = copy.deepcopy(model)(images)
+        with torch.no_grad():
+            torch.testing.assert_close(small(images), masked)
+            assert_same(plain, model(images))
 
 
 OFF_THE_WAY = {

@@ -522,3 +522,11 @@ def test_tiny_scores_are_normalized_like_others():
     # Their squares are below what float32 can hold.
     normalized = normalize({"layer": torch.tensor([3e-30, 4e-30])})
     torch.testing.assert_close(normalized["layer"], torch.tensor([0.6, 0.8]))
+
+
+def test_scores_of_any_size_and_kind_of_number_are_normalized():
+    for size, dtype in ((1, torch.int64), (1e200, torch.float64), (1e-200, torch.float64)):
+        scores = torch.tensor([3 * size, 4 * size], dtype=dtype)
+        found = normalize({"layer": scores})["layer"]
+        assert found.dtype == (dtype if dtype.is_floating_point else torch.float32)
+        torch.testing.assert_close(found.double(), torch.tensor([0.6, 0.8]).double())

@@ -4,7 +4,7 @@ from contextlib import redirect_stdout
 import mlflow
 import pytest
 import torch
-from stores import artifacts, dataset, new_store, no_figures, no_server, place, runs
+from stores import artifacts, dataset, no_figures, no_server, place, runs
 
 import cnn_pruning.__main__ as program
 from cnn_pruning import baseline, tracking
@@ -37,12 +37,6 @@ def status(argv):
 
 def by_name(found):
     return {run.data.tags["mlflow.runName"]: run for run in found}
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("main")
-    return folder, new_store(folder, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +100,13 @@ def test_the_last_line_says_which_run_it_was_and_where(finished, shared):
     last = printed.splitlines()[-1]
     assert found["cnn-pruning"].info.run_id in last
     assert shared[1] in last
+
+
+def test_the_line_before_says_how_to_see_the_runs(finished):
+    printed, found = finished
+    line = printed.splitlines()[-2]
+    assert "`uv run mlflow ui" in line
+    assert line.endswith(f"/#/experiments/{found['cnn-pruning'].info.experiment_id}/runs")
 
 
 # What it records
@@ -336,6 +337,13 @@ def test_an_address_that_mlflow_does_not_know_is_refused(tmp_path, monkeypatch, 
         assert status(arguments()) == 2
     printed = capsys.readouterr().err
     assert "nonsense" in printed and printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_to_parse_opens_neither_the_data_nor_the_store(not_recorded, monkeypatch):
+    monkeypatch.setattr(program, "fashion_mnist", lambda root: pytest.fail("the data were read"))
+    options = program.parse(arguments(data="missing"))
+    assert (options.channels, options.remove, options.data.name) == ([2, 3], 2, "missing")
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -232,6 +232,24 @@ def test_other_tasks_are_scored_by_their_own_cost(task):
     torch.testing.assert_close(scores["0"], by_examples(model, data, cost), rtol=1e-4, atol=1e-8)
 
 
+def test_a_cost_without_a_gradient_is_refused():
+    for cost in (lambda o, y: o.detach().sum(1), lambda o, y: y.float()):
+        with pytest.raises(ValueError, match="cost has no gradient"):
+            filter_scores(network(), DATA, cost=cost)
+
+
+@pytest.mark.parametrize("wrong", [None, "resnet18", [1], {"a": 1}])
+def test_what_is_no_network_is_refused_by_every_function(wrong):
+    for use in (
+        lambda: evaluate(wrong, DATA),
+        lambda: fit(wrong, DATA, DATA),
+        lambda: count_macs(wrong, (1, 8, 8)),
+        lambda: latency(wrong, batch_size=1, image_shape=(1, 8, 8)),
+    ):
+        with pytest.raises(TypeError, match=r"must be an nn\.Module"):
+            use()
+
+
 @pytest.mark.parametrize(
     "cost", [F.cross_entropy, lambda o, y: o, lambda o, y: 1.0, lambda o, y: o.sum(1)[:1]]
 )

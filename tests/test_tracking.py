@@ -1,69 +1,31 @@
 import socket
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 from networks import assert_same
 from stores import (
+    IMAGES,
+    SETTINGS,
+    SPLITS,
     artifacts,
-    dataset,
+    assert_equal_networks,
     first_use,
+    logits,
+    network,
     new_store,
-    no_figures,
     no_server,
     place,
     runs,
     silent_server,
+    status,
 )
 
-from cnn_pruning import CNN, TaylorPruner, evaluate, tracking
-from cnn_pruning import baseline as baselines
-
-SETTINGS = {"epochs": 1, "batch_size": 20, "lr": 1e-3}
-
-
-SPLITS = dataset(60), dataset(30, seed=1), dataset(30, seed=2)
-IMAGES = SPLITS[2].tensors[0]
-
-
-def assert_equal_networks(left, right):
-    assert_same(dict(left.state_dict()), dict(right.state_dict()))
-    # Training lays the weights out in another order, so the sums are rounded otherwise: float32.
-    torch.testing.assert_close(logits(left), logits(right), rtol=1e-4, atol=1e-6)
-
-
-def logits(model, images=IMAGES):
-    with torch.no_grad():
-        return model.eval()(images)
-
-
-def network(channels=(2, 3), seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CNN(channels)
-
-
-def status(run_id):
-    return mlflow.get_run(run_id).info.status
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared")
-    return folder, new_store(folder, tmp_path_factory)
-
-
-@pytest.fixture
-def store(shared, monkeypatch):
-    """A store that the tests share, so each looks at its own runs only."""
-    folder, uri = shared
-    no_figures(monkeypatch)
-    with place(folder, uri):
-        tracking.connect()
-        yield
-
+from cnn_pruning import TaylorPruner, tracking
+from cnn_pruning.baseline import baseline, fit_and_log
 
 # Where the runs are
 
@@ -142,6 +104,72 @@ def test_a_server_that_does_not_answer_is_an_error_before_anything_is_made(
         assert uri in str(error.value)
         assert "unset MLFLOW_TRACKING_URI" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["nonsense://here", "sqlite:///folder", "sqlite:///text", None])
+def test_a_place_that_mlflow_cannot_use_is_an_error_and_stays_as_it_was(uri, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mlflow.db").mkdir()  # the default
+    (tmp_path / "text").write_text("not a database")
+    before = sorted(tmp_path.rglob("*"))
+    with place(tmp_path, uri), pytest.raises(ValueError) as error:
+        tracking.connect()
+    assert (uri or str(tmp_path / "mlflow.db")) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "text").read_text() == "not a database"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_no_database_is_left_that_was_not_finished(tmp_path, tmp_path_factory, monkeypatch, error):
+    def stop(uri, _):
+        Path(uri.removeprefix("sqlite:///")).write_text("half a database")
+        raise error
+
+    finished = first_use(tmp_path_factory) / "root" / "mlflow.db"
+    with place(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", stop)
+            with pytest.raises((KeyboardInterrupt, ValueError)):
+                tracking.connect()
+        assert list(tmp_path.glob("mlflow*")) == []
+        monkeypatch.setattr(
+            tracking, "_make_database", lambda path: path.write_bytes(finished.read_bytes())
+        )
+        tracking.connect()
+        with tracking.run("next"):
+            pass
+    assert (tmp_path / "mlflow.db").is_file()
+
+
+# Where they can be seen
+
+
+def test_the_page_with_the_runs_is_named_with_what_to_type(tmp_path_factory):
+    folder = first_use(tmp_path_factory) / "root"
+    with place(folder):
+        experiment = tracking.connect()
+        with tracking.run("default") as active:
+            how, where = tracking.where_to_look(active).split("\n")
+        mlflow.MlflowClient().delete_run(active.info.run_id)
+    assert f"`uv run mlflow ui` in {folder} " in how
+    assert how.endswith(f" http://127.0.0.1:5000/#/experiments/{experiment}/runs")
+    assert active.info.run_id in where and f"{folder.as_posix()}/mlflow.db" in where
+
+
+def test_a_store_elsewhere_is_named_and_a_server_has_a_page_of_its_own(store, monkeypatch):
+    with tracking.run("elsewhere") as active:
+        page = f"/#/experiments/{active.info.experiment_id}/runs"
+        uri = "sqlite:////else where/mlflow.db"
+        monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
+        how, where = tracking.where_to_look(active).split("\n")
+        assert f"`uv run mlflow ui --backend-store-uri '{uri}'` and" in how and uri in where
+        assert how.endswith(f" http://127.0.0.1:5000{page}")
+
+        uri = "https://runs.example/team/"
+        how, where = tracking.where_to_look(active).split("\n")
+        assert how.endswith(f" open https://runs.example/team{page}") and uri in where
+        assert "uv run" not in how
 
 
 # Runs
@@ -223,38 +251,6 @@ def test_a_run_without_a_network_is_an_error(store):
         tracking.predict(active.info.run_id, IMAGES)
 
 
-def test_training_logs_its_settings_its_epochs_and_its_result(store):
-    model, seen = network(), []
-    settings = SETTINGS | {"epochs": 3, "seed": 7}
-    with tracking.run("train") as active:
-        history = baselines.fit_and_log(model, *SPLITS, on_epoch=seen.append, **settings)
-    run_id = active.info.run_id
-    found = mlflow.get_run(run_id)
-    assert found.data.params == {
-        "channels": "(2, 3)",
-        "epochs": "3",
-        "batch_size": "20",
-        "lr": "0.001",
-        "seed": "7",
-    }
-    assert history == seen and [row["epoch"] for row in history] == [1, 2, 3]
-
-    client = mlflow.MlflowClient()
-    for name in ("train_loss", "val_loss", "val_accuracy"):
-        logged = [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
-        assert logged == [(row["epoch"], row[name]) for row in history]
-    test_loss, test_accuracy = evaluate(model, SPLITS[2])
-    expected = {"test_loss": test_loss, "test_accuracy": test_accuracy}
-    for name, value in expected.items():
-        assert [m.value for m in client.get_metric_history(run_id, name)] == [value]
-    assert set(found.data.metrics) == {"train_loss", "val_loss", "val_accuracy", *expected}
-
-    inputs = {i.tags[0].value: i.dataset.name for i in found.inputs.dataset_inputs}
-    assert inputs == {name: name for name in ("train", "validation", "test")}
-    assert "Conv2d" in mlflow.artifacts.load_text(f"runs:/{run_id}/summary.txt")
-    assert_equal_networks(tracking.load_network(run_id), model)
-
-
 def test_a_logged_model_gives_any_number_of_images_the_networks_labels(store):
     model = network()
     with tracking.run("model") as active:
@@ -265,102 +261,15 @@ def test_a_logged_model_gives_any_number_of_images_the_networks_labels(store):
         assert_same(labels, logits(model)[:count].argmax(1))
 
 
-# The baseline
-
-
-def baseline(channels=(2, 3), seed=0, **settings):
-    return baselines.baseline(*SPLITS, channels, seed, **{**SETTINGS, **settings})
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    def train():
-        monkeypatch.setattr(baselines, "fit", lambda *_, **__: pytest.fail("it was trained again"))
-
-    return train
-
-
-def test_the_baseline_is_trained_once_and_then_read(store, no_training):
-    model, run_id = baseline(seed=10)
-    before = len(runs())
-    no_training()
-    again, same = baseline(seed=10)
-    assert same == run_id
-    assert len(runs()) == before
-    assert_equal_networks(again, model)
-    found = mlflow.get_run(run_id)
-    assert found.info.status == status(tracking.parent_of(run_id)) == "FINISHED"
-    assert found.data.params["seed"] == "10"
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"seed": 21}, {"lr": 2e-3}, {"epochs": 2}, {"batch_size": 30}, {"channels": (3, 2)}],
-)
-def test_other_settings_are_another_baseline(store, other):
-    _, run_id = baseline(**{"seed": 20, **other})
-    _, plain = baseline(seed=20)
-    assert plain != run_id
-    assert baseline(**{"seed": 20, **other})[1] == run_id
-
-
-def test_settings_that_are_left_out_are_those_of_training(store):
-    # By default there are 5 epochs.
-    _, one_epoch = baseline(seed=30)
-    shorter = {name: value for name, value in SETTINGS.items() if name != "epochs"}
-    _, default = baselines.baseline(*SPLITS, (2, 3), 30, **shorter)
-    assert default != one_epoch
-
-
-def test_the_same_seed_trains_the_same_baseline(store):
-    model, run_id = baseline(seed=40)
-    mlflow.MlflowClient().delete_run(run_id)
-    torch.manual_seed(99)  # the caller's random numbers play no part
-    again, other = baseline(seed=40)
-    assert other != run_id
-    assert_equal_networks(again, model)
-
-
-@pytest.mark.parametrize("damage", ["deleted", "cut short", "not a network"])
-def test_a_baseline_whose_network_cannot_be_read_is_trained_again(store, shared, damage):
-    model, run_id = baseline(seed=50)
-    (path,) = shared[0].rglob(f"{run_id}/**/network.pt")
-    if damage == "deleted":
-        path.unlink()
-    elif damage == "cut short":
-        path.write_bytes(path.read_bytes()[:1000])
-    else:
-        path.write_text("not a network")
-    again, other = baseline(seed=50)
-    assert other != run_id
-    assert_equal_networks(again, model)
-    mlflow.MlflowClient().delete_run(other)
-    mlflow.MlflowClient().delete_run(run_id)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_baseline_that_did_not_finish_is_not_used(store, monkeypatch, error):
-    def stop(*_, **__):
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(baselines, "evaluate", stop)
-        with pytest.raises(error):
-            baseline(seed=60)
-    unfinished = {found.info.run_id for found in runs() if found.info.status != "FINISHED"}
-    _, run_id = baseline(seed=60)
-    assert run_id not in unfinished
-    mlflow.MlflowClient().delete_run(run_id)
-
-
 # A server
 
 
 def test_everything_is_tracked_on_a_server_too(server, tmp_path):
     uri, folder = server
     with place(tmp_path, uri):
-        model, trained = baseline(epochs=2)
-        read, same = baseline(epochs=2)
+        settings = SETTINGS | {"epochs": 2}
+        model, trained = baseline(*SPLITS, (2, 3), **settings)
+        read, same = baseline(*SPLITS, (2, 3), **settings)
         assert same == trained
         assert_equal_networks(read, model)
         parent = tracking.parent_of(trained)
@@ -369,10 +278,10 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
             pruner.score(SPLITS[0])
             removed = pruner.select(2)
             small = pruner.prune(2)
-            mlflow.log_dict(removed, "removed.json")
+            tracking.log_dict(removed, "removed.json")
             tracking.log_network(small)
         with tracking.run("fine-tune", parent) as tune:
-            baselines.fit_and_log(small, *SPLITS, seed=0, **SETTINGS)
+            fit_and_log(small, *SPLITS, seed=0, **SETTINGS)
             tracking.log_model(small, IMAGES[:2])
         assert_same(tracking.predict(tune.info.run_id, IMAGES), logits(small).argmax(1))
         assert tracking.load_network(prune.info.run_id).channels == small.channels

@@ -1,0 +1,445 @@
+"""Filters that go together: their score is a gate's derivative, and a closed gate is removal."""
+
+import random
+import runpy
+import sys
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from networks import (
+    PROPERTY,
+    SEEDS,
+    assert_same,
+    random_data,
+    random_filters,
+    random_network,
+    state_of,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from cnn_pruning import filter_scores, groups, normalize, remove_filters, select_filters
+from cnn_pruning.groups import group_scores, mask_groups, remove_groups
+
+pytest.importorskip("torch_pruning")
+
+
+class Residual(nn.Module):
+    """Additions with and without batch norm behind them, a depthwise convolution, a concatenation.
+
+    ``gate(group, z)`` stands where a map goes into a layer that mixes channels, ``summand`` on what
+    is added. Maps that go into two layers are gated once.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        w, inner, c, d, left, right = (rng.randint(2, 4) for _ in range(6))
+        self.act = rng.choice([F.relu, F.silu, torch.sigmoid])
+        self.stem = normed(nn.Conv2d(2, w, 3, padding=1))
+        self.a = normed(nn.Conv2d(w, inner, 3, padding=1))
+        self.b = normed(nn.Conv2d(inner, w, 3, padding=1))
+        self.c = nn.Conv2d(w, c, 3, stride=2, padding=1)
+        self.d = normed(nn.Conv2d(c, d, 1))
+        self.across = nn.Conv2d(w, d, 1, stride=2)
+        self.before = norm(d)
+        self.left, self.right = nn.Conv2d(d, left, 1), nn.Conv2d(d, right, 3, padding=1)
+        self.f = nn.Conv2d(left + right, d, 1)
+        self.last = norm(d)
+        self.depthwise = nn.Conv2d(d, d, 3, padding=1, groups=d)
+        self.head = nn.Linear(4 * d, 3)
+        self.double().eval()
+
+    def forward(self, x, gate=lambda group, z: z, summand=lambda group, z: z):
+        stem = summand("stem.0", self.act(self.stem(x)))
+        x = F.max_pool2d(stem, 2)
+        inner = self.act(self.a(F.max_pool2d(gate("stem.0", stem), 2)))
+        x = self.act(x + summand("stem.0", self.b(gate("a.0", inner))))
+        gated = gate("stem.0", x)
+        inner = self.act(self.c(gated))
+        x = summand("d.0", self.d(gate("c", inner))) + summand("d.0", self.across(gated))
+        gated = gate("d.0", self.act(self.before(x)))
+        left, right = gate("left", self.act(self.left(gated))), gate("right", self.right(gated))
+        x = x + summand("d.0", self.f(torch.cat([left, right], 1)))
+        x = gate("d.0", self.act(self.depthwise(self.act(self.last(x)))))
+        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+GROUPS = ["stem.0", "a.0", "c", "d.0", "left", "right"]  # in the order they are used
+
+
+def norm(width):
+    return randomized(nn.BatchNorm2d(width))
+
+
+def normed(conv):
+    return nn.Sequential(conv, norm(conv.out_channels))
+
+
+def randomized(model):
+    """Batch norms that change their maps in evaluation mode, too."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.3)
+            layer.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 0, 0.3)
+    return model
+
+
+def random_images(seed=0, size=5, shape=(2, 8, 8), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, *shape, dtype=dtype, generator=generator)
+    return TensorDataset(images, torch.randint(3, (size,), generator=generator))
+
+
+def widths(model):
+    first = {"stem.0": model.stem[0], "a.0": model.a[0], "c": model.c, "d.0": model.d[0]}
+    first |= {"left": model.left, "right": model.right}
+    return {name: conv.out_channels for name, conv in first.items()}
+
+
+def gates_of(model, images):
+    return {
+        name: torch.ones(len(images), filters, dtype=torch.float64, requires_grad=True)
+        for name, filters in widths(model).items()
+    }
+
+
+def multiply(gates):
+    return lambda group, z: z * gates[group][..., None, None]
+
+
+def some_filters(model, seed):
+    rng = random.Random(seed)
+    return {n: rng.sample(range(k), rng.randint(0, k - 1)) for n, k in widths(model).items()}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_score_is_the_derivative_of_one_gate_on_all_maps_of_the_group(seed):
+    model, data = Residual(seed), random_images(seed)
+    images, labels = data.tensors
+    maps = {name: [] for name in GROUPS}
+
+    def keep(group, z):
+        z = z * 1  # its own gradient: without what comes back past the gate
+        maps[group].append(z)
+        return z
+
+    loss = F.cross_entropy(model(images, keep), labels, reduction="sum")
+    every = [z for name in GROUPS for z in maps[name]]
+    slopes = dict(zip(map(id, every), torch.autograd.grad(loss, every), strict=True))
+
+    gates = gates_of(model, images)
+    loss = F.cross_entropy(model(images, multiply(gates)), labels, reduction="sum")
+    derivatives = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
+
+    scores = group_scores(model, data, batch_size=2)
+    assert list(scores) == GROUPS
+    assert [len(maps[name]) for name in GROUPS] == [2, 1, 1, 2, 1, 1]
+    for name, score in scores.items():
+        sums = sum((z * slopes[id(z)]).sum((2, 3)) for z in maps[name])
+        torch.testing.assert_close(derivatives[name], sums)
+        values = sum(z[0, 0].numel() for z in maps[name])
+        torch.testing.assert_close(score, sums.abs().mean(0) / values)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_closed_gate_on_all_maps_is_removal(seed):
+    model, data = Residual(seed), random_images(seed)
+    images = data.tensors[0]
+    filters = some_filters(model, seed)
+    gates = {n: torch.ones(1, k, dtype=torch.float64) for n, k in widths(model).items()}
+    for name, gone in filters.items():
+        gates[name][:, gone] = 0
+    closed = model(images, multiply(gates))
+    small = remove_groups(model, filters, data)
+    with mask_groups(model, filters, data):
+        torch.testing.assert_close(model(images), closed)
+    torch.testing.assert_close(small(images), closed)
+    kept = {name: width - len(filters[name]) for name, width in widths(model).items()}
+    assert widths(small) == kept
+    assert small.depthwise.groups == small.across.out_channels == kept["d.0"]
+    if any(filters.values()):
+        assert (closed - model(images)).abs().max() > 1e-6, "removal must be seen to change it"
+        again = group_scores(small, data)  # a depthwise convolution of one channel mixes them all
+        assert {name: len(again[name]) for name in again if name != "depthwise"} == kept
+
+
+def test_a_gate_on_each_summand_is_the_same_gate_unless_a_batch_norm_follows():
+    """ReLU, pooling and addition carry a factor on; so no path through a group is counted twice."""
+    model, data = Residual(0), random_images()
+    model.act = F.relu
+    images, labels = data.tensors
+    gates = gates_of(model, images)
+    loss = F.cross_entropy(model(images, summand=multiply(gates)), labels, reduction="sum")
+    slope, behind = torch.autograd.grad(loss, [gates["stem.0"], gates["d.0"]])
+    scores = group_scores(model, data)
+    ratio = slope.abs().mean(0) / scores["stem.0"]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 8 * 8 + 4 * 4))
+    with pytest.raises(AssertionError):
+        ratio = behind.abs().mean(0) / scores["d.0"]
+        torch.testing.assert_close(ratio, torch.full_like(ratio, 2 * 2 + 2 * 2))
+
+
+@PROPERTY
+@given(SEEDS)
+def test_a_chain_has_the_scores_and_the_removal_of_a_chain(seed):
+    network = random_network(seed)
+    data = random_data(network, seed=seed)
+    scores = group_scores(network.model, data, batch_size=2)
+    expected = filter_scores(network.model, data)
+    assert list(scores) == list(expected)
+    for name, values in scores.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=0)
+    filters = random_filters(network, seed)
+    small = remove_groups(network.model, filters, data)
+    assert_same(small.state_dict(), remove_filters(network.model, filters).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_torchvisions_networks(name, dtype):
+    torch.manual_seed(0)
+    model = randomized(torchvision.models.get_model(name, weights=None)).to(dtype).eval()
+    data = random_images(size=3, shape=(3, 32, 32), dtype=dtype)
+    images = data.tensors[0]
+    scores = group_scores(model, data)
+    assert all(values.isfinite().all() and values.dtype == dtype for values in scores.values())
+    filters = select_filters(normalize(scores), sum(map(len, scores.values())) // 3)
+    small = remove_groups(model, filters, data)
+    for layer, values in scores.items():
+        conv = small.get_submodule(layer)
+        assert conv.out_channels == len(conv.weight) == len(values) - len(filters[layer])
+    for layer in small.modules():
+        if isinstance(layer, nn.Conv2d):
+            shape = (layer.out_channels, layer.in_channels // layer.groups)
+            assert layer.weight.shape[:2] == shape
+            assert layer.groups in (1, layer.in_channels)
+    with torch.no_grad():
+        whole, removed = model(images), small(images)
+        with mask_groups(model, filters, data):
+            masked = model(images)
+    # The sums have fewer terms in another order. 20 (or 52) layers of up to 4,608 terms: some
+    # hundred times eps, of the largest logit.
+    tolerance = 300 * torch.finfo(dtype).eps * masked.abs().max()
+    assert removed.shape == (3, 1000)
+    assert (removed - masked).abs().max() < tolerance
+    assert (masked - whole).abs().max() > 100 * tolerance
+
+
+def test_groups_of_resnet18_are_its_stages_and_the_inside_of_each_block():
+    model = torchvision.models.resnet18(weights=None)
+    scores = group_scores(model, random_images(size=2, shape=(3, 32, 32), dtype=torch.float32))
+    stages = ["conv1", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
+    inside = [f"layer{i}.{j}.conv1" for i in range(1, 5) for j in range(2)]
+    assert sorted(scores) == sorted(stages + inside)
+
+
+class Net(nn.Module):
+    """``how`` is the forward, a function of the network and the images."""
+
+    def __init__(self, how, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.how = how
+        self.double()
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+def head(width):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+
+def conv(inputs, outputs, **options):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
+
+
+def test_grouped_convolutions_lose_the_same_in_each_of_their_groups():
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.head(m.last(F.relu(m.grouped(F.relu(m.first(x)))))),
+        **{"first": conv(2, 6), "grouped": conv(6, 4, groups=2), "last": conv(4, 5)},
+        head=head(5),
+    )
+    data = random_images()
+    scores = group_scores(model, data)
+    assert {name: len(values) for name, values in scores.items()} == {
+        "first": 3,
+        "grouped": 2,
+        "last": 5,
+    }
+    small = remove_groups(model, {"first": [1], "grouped": [0]}, data)
+    assert_same(small.first.weight, model.first.weight[[0, 2, 3, 5]])
+    assert_same(small.grouped.weight, model.grouped.weight[[1, 3]][:, [0, 2]])
+    assert small.grouped.groups == 2
+
+
+def squeezed(m, x):
+    scale = torch.sigmoid(m.up(F.relu(m.down(x.mean((2, 3))))))
+    return m.head(m.last(x * scale[..., None, None]))
+
+
+def upsampled(m, x):
+    small = F.relu(m.down(F.max_pool2d(x, 2)))
+    return m.head(m.last(torch.cat([x, m.up(small, output_size=x.shape[2:])], 1)))
+
+
+WAYS = {
+    "one PReLU in two places": (
+        lambda m, x: m.head(m.act(m.last(m.act(x)))),
+        {"last": conv(4, 5), "act": nn.PReLU(), "head": head(5)},
+        ["first", "last"],
+    ),
+    "a parameter for each channel": (
+        lambda m, x: m.head(F.relu(m.last(x * m.scale) * m.gain + x)),
+        {
+            **{"scale": nn.Parameter(torch.rand(4, 1, 1)), "gain": nn.Parameter(torch.rand(1))},
+            **{"last": conv(4, 4), "head": head(4)},
+        },
+        ["first"],
+    ),
+    "squeeze and excitation": (
+        squeezed,
+        {"down": nn.Linear(4, 3), "up": nn.Linear(3, 4), "last": conv(4, 5), "head": head(5)},
+        ["first", "last"],
+    ),
+    "a transposed convolution": (
+        upsampled,
+        {"down": conv(4, 5), "up": nn.ConvTranspose2d(5, 3, 2, 2), "last": conv(7, 5)}
+        | {"head": head(5)},
+        ["first", "down", "up", "last"],
+    ),
+    "one convolution used twice": (
+        lambda m, x: m.head(F.relu(m.last(F.relu(m.last(x))))),
+        {"last": conv(4, 4), "head": head(4)},
+        ["first"],
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_tie_channels(way):
+    how, layers, expected = WAYS[way]
+    model = Net(lambda m, x: how(m, F.relu(m.first(x))), first=conv(2, 4), **layers)
+    data = random_images()
+    scores = group_scores(model, data)
+    assert list(scores) == expected
+    filters = select_filters(scores, len(expected), keep=expected[2:])
+    with mask_groups(model, filters, data):
+        masked = model(data.tensors[0])
+    torch.testing.assert_close(remove_groups(model, filters, data)(data.tensors[0]), masked)
+
+
+def test_what_is_tied_to_the_images_or_the_outputs_is_left_out():
+    torch.manual_seed(0)
+    data = random_images()
+    layers = {"a": conv(2, 4), "b": conv(4, 2), "c": conv(4, 5), "head": head(5)}
+    added = Net(lambda m, x: m.head(m.c(torch.cat([x, m.b(F.relu(m.a(x))) + x], 1))), **layers)
+    assert list(group_scores(added, data)) == ["a", "c"]
+    joined = Net(lambda m, x: m.head(m.c(torch.cat([x, m.b(F.relu(m.a(x)))], 1))), **layers)
+    assert list(group_scores(joined, data)) == ["a", "b", "c"]
+    small = remove_groups(joined, {"b": [0]}, data)
+    assert_same(small.c.weight, joined.c.weight[:, [0, 1, 3]])
+    pixels = Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(2, 4), b=conv(4, 2))
+    segments = TensorDataset(data.tensors[0], torch.ones(5, 8, 8).long())
+
+    def cost(outputs, labels):
+        return F.cross_entropy(outputs, labels, reduction="none").mean((1, 2))
+
+    assert list(group_scores(pixels, segments, cost=cost)) == ["a"]
+
+
+def test_the_network_is_left_as_it_was_and_its_copy_keeps_what_it_had():
+    model, data = Residual(1), random_images()
+    model.train().to(memory_format=torch.channels_last)
+    model.a.requires_grad_(False)
+    F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+    before = state_of(model)
+    with torch.inference_mode():
+        scores = group_scores(model, data)
+        small = remove_groups(model, {"stem.0": [0]}, data)
+    with mask_groups(model, {"stem.0": [0]}, data):
+        pass
+    assert_same(state_of(model), before)
+    assert scores["a.0"].any(), "frozen layers are scored, too"
+    assert small.training and not small.a[0].weight.requires_grad and small.b[0].weight.grad is None
+    assert small.b[0].weight.is_contiguous(memory_format=torch.channels_last)
+    F.cross_entropy(small(data.tensors[0]), data.tensors[1]).backward()
+    assert small.b[0].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "norm, why",
+    [
+        (nn.GroupNorm(2, 4), "norm is a GroupNorm"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "norm is a batch norm without running"),
+        (nn.LocalResponseNorm(3, alpha=1.0), "uses several channels at once"),
+        (nn.Softmax(1), "uses several channels at once"),
+        (nn.PixelShuffle(2), "counts on their number"),
+    ],
+)
+def test_what_cannot_be_removed_exactly_is_refused(norm, why):
+    torch.manual_seed(0)
+    width = 1 if isinstance(norm, nn.PixelShuffle) else 4
+    model = Net(
+        lambda m, x: m.head(F.relu(m.b(m.norm(m.a(x))))),
+        **{"a": conv(2, 4), "norm": norm, "b": conv(width, 5), "head": head(5)},
+    )
+    data = random_images()
+    with pytest.raises(TypeError, match=f"^a can't lose .*{why}.*keep=\\['a'\\]"):
+        group_scores(model, data)
+    with pytest.raises(TypeError, match=f"^a can't lose .*{why}"):
+        remove_groups(model, {"a": [1]}, data)
+    scores = group_scores(model, data, keep="a")
+    assert list(scores) == ["b"]
+    remove_groups(model, select_filters(scores, 2), data)
+
+
+@pytest.mark.parametrize(
+    "filters, message",
+    [
+        ({"b.0": [0]}, "'b.0' is not a layer whose filters can go: those are 'stem.0', 'a.0'"),
+        ({"head": [0]}, "'head' is not a layer whose filters can go"),
+        ({"a.0": [9]}, r"a.0 has filters 0 to 2, but \[9\] were named"),
+        ({"a.0": [0, 0]}, "a.0 has a filter named twice"),
+        ({"a.0": [0.5]}, "a.0 must be a list of integers"),
+        ({"a.0": range(3)}, "a.0 would lose all of its 3 filters: leave at least one"),
+    ],
+)
+def test_bad_filters_are_refused(filters, message):
+    model = Residual(0)
+    assert widths(model)["a.0"] == 3
+    with pytest.raises(ValueError, match=message):
+        remove_groups(model, filters, random_images())
+
+
+def test_other_mistakes_are_refused():
+    model, data = Residual(0), random_images()
+    with pytest.raises(ValueError, match=r"keep names b\.0, but the layers are stem.0"):
+        group_scores(model, data, keep="b.0")
+    with pytest.raises(ValueError, match=r"can't take a batch of float64 \(2, 3, 8, 8\) images"):
+        group_scores(model, random_images(shape=(3, 8, 8)))
+    with pytest.raises(TypeError, match=r"hand in the network inside, model\.module"):
+        group_scores(nn.DataParallel(model), data)
+    with pytest.raises(TypeError, match="Linear has no convolution"):
+        group_scores(nn.Linear(8, 3).double(), data)
+    without_gradient = Net(
+        lambda m, x: m.head(F.relu(m.first(x)).detach()), first=conv(2, 4), head=head(4)
+    )
+    with pytest.raises(TypeError, match="No gradient comes back from the outputs to first"):
+        group_scores(without_gradient, data)
+
+
+def test_without_torch_pruning_the_install_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    module = runpy.run_path(groups.__file__)  # can be imported all the same
+    with pytest.raises(ImportError, match=r"pip install 'cnn-pruning\[graph\]'\.$"):
+        module["group_scores"](Residual(0), random_images())
