@@ -80,7 +80,7 @@ def baseline(
         except Exception:  # deleted, damaged, or written by another version: try an older run
             continue
 
-    with tracking.run("cnn-pruning") as parent, tracking.run("train", parent.info.run_id) as active:
+    with tracking.run("cnn-pruning"), tracking.run("train") as active:
         fit_and_log(model, train, val, test, **settings)
         tracking.set_stage("baseline")
     # Read it back, so that the first call returns what the later calls will return.

@@ -192,6 +192,22 @@ def test_step_by_step_each_removal_is_one_step_of_the_run(store, monkeypatch, ca
         assert f"removed from {layer}: {len(filters)} filters {filters}" in printed
 
 
+def test_step_by_step_the_options_are_used_and_recorded(store, monkeypatch):
+    used = {}
+
+    def record(*_, **settings):
+        used.update(settings)
+        return []
+
+    monkeypatch.setattr(program, "prune_iteratively", record)
+    monkeypatch.setattr(program, "costs", lambda *models: [{"filters": 5}] * 2)
+    argv = [*arguments(epochs="1"), "--updates", "4", "--per-step", "3"]
+    assert program.main(argv) == 0
+    assert used == {"filters": 3, "per_step": 3, "updates": 4, "batch_size": 50, "seed": 3}
+    params = by_name(runs())["prune"].data.params
+    assert params == {"criterion": "taylor", "removed": "2", "updates": "4", "per_step": "3"}
+
+
 # Interrupted
 
 

@@ -106,8 +106,16 @@ def test_a_server_that_does_not_answer_is_an_error_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("uri", ["nonsense://here", "sqlite:///folder", "sqlite:///text", None])
-def test_a_place_that_mlflow_cannot_use_is_an_error_and_stays_as_it_was(uri, tmp_path):
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("nonsense://here", "unsupported URI"),
+        ("sqlite:///folder", "is a folder"),
+        ("sqlite:///text", "not a database"),
+        (None, "is a folder"),
+    ],
+)
+def test_a_place_that_mlflow_cannot_use_is_an_error_and_stays_as_it_was(uri, reason, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "mlflow.db").mkdir()  # the default
     (tmp_path / "text").write_text("not a database")
@@ -115,7 +123,7 @@ def test_a_place_that_mlflow_cannot_use_is_an_error_and_stays_as_it_was(uri, tmp
     with place(tmp_path, uri), pytest.raises(ValueError) as error:
         tracking.connect()
     assert (uri or str(tmp_path / "mlflow.db")) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert reason in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "text").read_text() == "not a database"
 

@@ -11,8 +11,15 @@ import json
 
 import torch
 
-from cnn_pruning import TaylorPruner, fashion_mnist, normalize
+from cnn_pruning import (
+    fashion_mnist,
+    filter_scores,
+    normalize,
+    remove_filters,
+    select_filters,
+)
 from cnn_pruning.baseline import baseline
+from cnn_pruning.measure import count_parameters
 from cnn_pruning.paths import ROOT
 from cnn_pruning.plots import overview
 
@@ -47,12 +54,14 @@ def draw_overview() -> None:
     model, _ = baseline(
         train, val, test, channels=(8, 16), seed=1, epochs=5, batch_size=128, lr=3e-3
     )
-    pruner = TaylorPruner(model)
-    scores = normalize(pruner.score(train))
+    scores = normalize(filter_scores(model, train))
+    removed = select_filters(scores, 7)
+    sizes = [count_parameters(network) for network in (model, remove_filters(model, removed))]
     image = val.tensors[0][val.tensors[1] == 9][:1]  # an ankle boot
     with torch.no_grad():
         maps = {"network.0": model.network[:2](image)[0], "network.2": model.network[:4](image)[0]}
-    figure = overview(image[0, 0], maps, scores, pruner.select(7))
+    outcome = (f"{sizes[0]:,} → {sizes[1]:,} parameters",)
+    figure = overview(image[0, 0], maps, scores, removed, outcome)
     figure.savefig(PICTURES / "overview.png", dpi=110)
 
 
