@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -198,3 +201,20 @@ def test_imports_go_one_way_and_each_module_says_what_it_is():
             assert (
                 not re.search(r"^ *(import|from) matplotlib", text, re.M) or path.stem == "tracking"
             )
+
+
+def test_the_package_tells_openmp_to_wait_quietly_unless_the_user_has_said_otherwise():
+    code = "import cnn_pruning, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected, done.stderr
+
+
+@EACH
+def test_a_notebook_imports_the_package_before_torch(path):
+    source = "\n".join(text(cell) for cell in cells(path, "code"))
+    names = re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)
+    assert names.index("cnn_pruning") < names.index("torch")

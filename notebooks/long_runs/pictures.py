@@ -9,8 +9,6 @@ notebooks/pictures/NAME.png, and draws overview.png.
 import base64
 import json
 
-import torch
-
 from cnn_pruning import (
     fashion_mnist,
     filter_scores,
@@ -22,6 +20,8 @@ from cnn_pruning.baseline import baseline
 from cnn_pruning.measure import count_parameters
 from cnn_pruning.paths import ROOT
 from cnn_pruning.plots import overview
+
+import torch
 
 NOTEBOOKS = ROOT / "notebooks"
 PICTURES = NOTEBOOKS / "pictures"

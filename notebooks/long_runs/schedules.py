@@ -9,14 +9,14 @@ fine-tuning), and operating_points.csv, networks fine-tuned at three sizes.
 
 from collections.abc import Callable, Iterator
 
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-
 from cnn_pruning import CNN, TaylorPruner, evaluate, fashion_mnist, filter_scores, fit, normalize
 from cnn_pruning.baseline import baseline
 from cnn_pruning.iterative import Step, prune_iteratively
 from cnn_pruning.measure import count_macs
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 try:
     from long_runs import whole_tables

@@ -6,8 +6,6 @@ takes about a quarter of an hour on two cores and writes seeds.csv: one row a ne
 validation and test accuracy.
 """
 
-import torch
-
 from cnn_pruning import (
     CNN,
     TaylorPruner,
@@ -19,6 +17,8 @@ from cnn_pruning import (
 )
 from cnn_pruning.baseline import baseline
 from cnn_pruning.measure import count_macs
+
+import torch
 
 try:
     from long_runs import whole_tables
