@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before a test loads torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before a test loads torch
 os.environ["DO_NOT_TRACK"] = "true"  # MLflow's reports of its use, for which each process waits
 
 

@@ -203,14 +203,22 @@ def test_imports_go_one_way_and_each_module_says_what_it_is():
             )
 
 
-def test_the_package_tells_openmp_to_wait_quietly_unless_the_user_has_said_otherwise():
-    code = "import cnn_pruning, os; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-        )
-        assert done.stdout.strip() == expected, done.stderr
+@pytest.mark.parametrize(
+    "given, spins",
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_the_package_shortens_openmp_s_spinning_unless_the_user_has_set_it(given, spins):
+    code = "import cnn_pruning, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    known = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in known} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(spins), done.stderr
 
 
 @EACH
