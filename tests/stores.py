@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -48,6 +49,7 @@ def place(root, uri=None, cwd=None):
     with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             del os.environ[name]
+        os.environ["HOME"] = str(root)  # where locks for a server lie
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
         if uri:
             os.environ["MLFLOW_TRACKING_URI"] = uri
@@ -99,6 +101,11 @@ def runs(uri=None):
     return client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
 
 
+def named(run):
+    """The name of a run, "parent" for one that stands under no other."""
+    return run.info.run_name if "mlflow.parentRunId" in run.data.tags else "parent"
+
+
 def status(run_id):
     return mlflow.get_run(run_id).info.status
 
@@ -119,3 +126,12 @@ def no_server():
     with silent_server() as uri:
         pass
     yield uri
+
+
+def wait_in_a_run(root, uri, ids):
+    """For a process of its own: send the ids of two runs, one in the other, and go on with them."""
+    with place(root, uri):
+        tracking.connect()
+        with tracking.run("outer") as outer, tracking.run("inner") as inner:
+            ids.send([outer.info.run_id, inner.info.run_id])
+            time.sleep(600)

@@ -1,5 +1,8 @@
+import os
+import signal
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from stores import (
     assert_equal_networks,
     first_use,
     logits,
+    named,
     network,
     new_store,
     no_server,
@@ -22,6 +26,7 @@ from stores import (
     runs,
     silent_server,
     status,
+    wait_in_a_run,
 )
 
 from cnn_pruning import TaylorPruner, tracking
@@ -140,9 +145,9 @@ def test_no_database_is_left_that_was_not_finished(tmp_path, tmp_path_factory, m
             patch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", stop)
             with pytest.raises((KeyboardInterrupt, ValueError)):
                 tracking.connect()
-        assert list(tmp_path.glob("mlflow*")) == []
+        assert set(tmp_path.glob("mlflow*")) <= {tmp_path / "mlflow.db.running"}
         monkeypatch.setattr(
-            tracking, "_make_database", lambda path: path.write_bytes(finished.read_bytes())
+            tracking, "_make_database", lambda path, _: path.write_bytes(finished.read_bytes())
         )
         tracking.connect()
         with tracking.run("next"):
@@ -225,6 +230,82 @@ def test_a_run_stands_under_the_active_run_or_under_the_one_named(store):
     assert tracking.parent_of(parent.info.run_id) is None
 
 
+def test_a_repeated_stage_of_one_parent_gets_a_name_of_its_own(store):
+    with tracking.run("parent") as parent:
+        pass
+    for expected in ("prune", "prune 2", "prune 3"):
+        with tracking.run("prune", parent.info.run_id) as again:
+            assert again.info.run_name == expected
+    with tracking.run("another parent") as other, tracking.run("prune", other.info.run_id) as first:
+        assert first.info.run_name == "prune"
+
+
+def test_the_name_of_a_parent_tells_settings_and_time():
+    names = {tracking.title({"channels": c, "seed": s}) for c in ((8, 16), (8,)) for s in (1, 2)}
+    assert len(names) == 4
+    assert any(name.startswith("channels 8-16, seed 1 (20") for name in names)
+
+
+# How they end
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_run_as_an_interrupt_does(store, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        with tracking.run("outer") as outer, tracking.run("inner") as inner:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+    assert [status(each.info.run_id) for each in (outer, inner)] == ["KILLED"] * 2
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(store):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with tracking.run("run") as active:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert status(active.info.run_id) == "FINISHED"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_leaves_the_signals_alone(store):
+    def work():
+        with tracking.run("thread") as active:
+            ended.append(active.info.run_id)
+
+    ended = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert status(ended[0]) == "FINISHED"
+
+
+def test_the_next_start_marks_the_runs_of_the_dead_and_no_others(store, shared, processes):
+    # Of a run without a lock here, on another machine perhaps, nothing is known.
+    elsewhere = mlflow.MlflowClient().create_run(tracking.connect()).info.run_id
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=wait_in_a_run, args=(*shared, theirs))
+    try:
+        with tracking.run("mine") as mine:
+            process.start()
+            its_runs = ours.recv()  # it has connected meanwhile
+            tracking.connect()
+            assert {status(each) for each in its_runs} == {"RUNNING"}
+            process.kill()
+            process.join()
+            assert {status(each) for each in its_runs} == {"RUNNING"}
+            tracking.connect()
+            assert {status(each) for each in its_runs} == {"KILLED"}
+            assert status(mine.info.run_id) == status(elsewhere) == "RUNNING"
+    finally:
+        process.kill()
+        process.join()
+    assert not list(shared[0].glob("mlflow.db.running/*.alive"))
+
+
 # Networks
 
 
@@ -295,11 +376,11 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
         assert tracking.load_network(prune.info.run_id).channels == small.channels
         assert mlflow.artifacts.load_dict(f"runs:/{prune.info.run_id}/removed.json") == removed
 
-        found = {run.data.tags["mlflow.runName"]: run for run in runs(uri)}
-        assert list(found) == ["cnn-pruning", "train", "prune", "fine-tune"]
+        found = {named(run): run for run in runs(uri)}
+        assert list(found) == ["parent", "train", "prune", "fine-tune"]
         assert {run.info.status for run in found.values()} == {"FINISHED"}
         for name, run in found.items():
-            under = None if name == "cnn-pruning" else parent
+            under = None if name == "parent" else parent
             assert run.data.tags.get("mlflow.parentRunId") == under
         assert found["train"].data.params["epochs"] == "2"
         assert found["fine-tune"].data.params["channels"] == str(small.channels)
