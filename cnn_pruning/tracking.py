@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -53,7 +54,7 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
 }
-ONE_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
+ONE_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
 
 
 class NotRecorded(OSError):
@@ -165,8 +166,10 @@ def connect() -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of ``error``, short enough for a sentence."""
+    """What ``error`` comes down to, short enough for a part of a sentence."""
     line = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+    if cause := re.search(r"Caused by \w+\(['\"](.+)['\"]\)", line):  # urllib3, at great length
+        line = cause[1].split(": ")[-1]
     return (line if len(line) < 200 else f"{line[:200]}...") or type(error).__name__
 
 
@@ -256,7 +259,7 @@ def _ended(active: "mlflow.ActiveRun", name: str) -> Iterator[None]:
                     mlflow.MlflowClient().set_terminated(run_id, status)
         except Exception:  # the next ``connect`` will mark it
             ended = False
-            error.add_note(f"MLflow could not mark the run {name!r} as {status}.{_lies_in(active)}")
+            error.add_note(f"MLflow could not mark the run {name!r} as {status}{_lies_in(active)}.")
         if ended and not isinstance(error, NotRecorded):
             shutil.rmtree(_kept(active).parent, ignore_errors=True)
         raise
@@ -277,7 +280,7 @@ def _failing_to(what: str, active: "mlflow.ActiveRun | None" = None) -> Iterator
         if isinstance(error, mlflow.MlflowException | RequestException) or error.errno in full:
             raise NotRecorded(
                 f"MLflow at {mlflow.get_tracking_uri()} could not {what} ({_reason(error)}): what "
-                f"would follow is lost.{_lies_in(active) if active else ''}"
+                f"would follow is lost{_lies_in(active) if active else ''}."
             ) from None
         raise
 
@@ -413,7 +416,7 @@ def _kept(active: "mlflow.ActiveRun") -> Path:
 
 
 def _lies_in(active: "mlflow.ActiveRun") -> str:
-    return f" Its network lies in {_kept(active)}." if _kept(active).exists() else ""
+    return f", but its network lies in {_kept(active)}" if _kept(active).exists() else ""
 
 
 def keep_network(model: CNN) -> Path:

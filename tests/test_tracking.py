@@ -17,10 +17,12 @@ from stores import (
     artifacts,
     assert_equal_networks,
     first_use,
+    gate,
     logits,
     named,
     network,
     new_store,
+    no_figures,
     no_server,
     place,
     runs,
@@ -29,7 +31,7 @@ from stores import (
     wait_in_a_run,
 )
 
-from cnn_pruning import TaylorPruner, tracking
+from cnn_pruning import TaylorPruner, fit, tracking
 from cnn_pruning.baseline import baseline, fit_and_log
 
 # Where the runs are
@@ -396,3 +398,112 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
         assert mlflow.MlflowClient(uri).get_logged_model(tracked.model_id).name == "model"
     assert not (tmp_path / "mlruns").exists() and not (tmp_path / "mlflow.db").exists()
     assert list((folder / "served").rglob("network.pt"))
+
+
+# A server in trouble
+
+
+def impatient(monkeypatch, retries=0):
+    settings = tracking.PATIENCE | {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "1",
+    }
+    monkeypatch.setattr(tracking, "PATIENCE", settings)
+
+
+def kept_networks(home):
+    return list(home.rglob(".cnn-pruning/**/network.pt"))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("refused", "Connection refused"),
+        ("silent", "timed out"),
+        ((500, b"a fault"), "500"),
+        ((403, b"<html>Not for you</html>"), "403"),
+        ((200, b"<html>Please log in</html>"), "not in a valid JSON format"),
+    ],
+)
+def test_of_a_server_in_trouble_one_sentence_says_what_is_lost_and_where_the_network_is(
+    server, tmp_path, monkeypatch, trouble, reason
+):
+    def begin(row):
+        gate_.trouble = trouble
+        if trouble == "refused":
+            gate_.shutdown()
+            gate_.socket.close()
+
+    impatient(monkeypatch)
+    no_figures(monkeypatch)
+    settings = SETTINGS | {"epochs": 2}
+    with gate(server[0]) as gate_, place(tmp_path, gate_.uri):
+        tracking.connect()
+        with pytest.raises(tracking.NotRecorded) as error:
+            with tracking.run("outer"), tracking.run("train"):
+                fit_and_log(network(), *SPLITS, on_epoch=begin, **settings)
+        assert mlflow.active_run() is None
+        (path,) = kept_networks(tmp_path)
+        said = str(error.value)
+        assert "'train'" in said and gate_.uri in said and reason in said and str(path) in said
+        assert said.count("\n") == 0 and len(said) < 600
+        expected = network()
+        fit(expected, *SPLITS[:2], **settings)  # both epochs were trained
+        assert_equal_networks(tracking.read_network(path), expected)
+
+
+def test_a_server_that_comes_back_gets_everything_and_is_told_of_runs_it_missed(
+    server, tmp_path, monkeypatch
+):
+    impatient(monkeypatch, retries=3)
+    with gate(server[0]) as gate_, place(tmp_path, gate_.uri):
+        tracking.connect()
+        with tracking.run("patient") as active:
+            gate_.trouble = (503, b"")
+            threading.Timer(0.2, setattr, (gate_, "trouble", None)).start()
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+            tracking.log_metrics({"value": 1})
+            tracking.log_network(network())
+        assert gate_.asked and tracking.metric(active.info.run_id, "value") == 1
+        assert status(active.info.run_id) == "FINISHED" and kept_networks(tmp_path) == []
+
+        with pytest.raises(ValueError), tracking.run("cut off") as cut:
+            gate_.trouble = (503, b"")
+            raise ValueError
+        gate_.trouble = None
+        assert status(cut.info.run_id) == "RUNNING"
+        tracking.connect()
+        assert status(cut.info.run_id) == "KILLED"
+
+
+def test_an_interrupt_ends_the_waiting_for_a_server_at_once(server, tmp_path):
+    with gate(server[0]) as gate_, place(tmp_path, gate_.uri):
+        tracking.connect()
+        with pytest.raises(KeyboardInterrupt) as error:
+            with tracking.run("outer"), tracking.run("train"):
+                tracking.keep_network(network())
+                gate_.trouble = (503, b"")
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+                tracking.log_metrics({"value": 1})
+        assert gate_.asked <= 4  # twice at once for the value, and once for the end of each run
+        (path,) = kept_networks(tmp_path)
+        assert any(str(path) in note for note in error.value.__notes__)
+        assert_equal_networks(tracking.read_network(path), network())
+
+
+def test_a_server_has_more_than_twenty_seconds_to_come_back_and_less_than_a_minute_in_all():
+    tries, factor, each = (
+        int(tracking.PATIENCE[f"MLFLOW_HTTP_REQUEST_{name}"])
+        for name in ("MAX_RETRIES", "BACKOFF_FACTOR", "TIMEOUT")
+    )
+    waits = sum(factor * 2**number for number in range(1, tries))  # urllib3 starts with none
+    ends = 2 * int(tracking.ONE_TRY["MLFLOW_HTTP_REQUEST_TIMEOUT"])  # of a run and its parent
+    assert 20 < waits < waits + tries + (1 + tries) * each + ends < 60  # a second's jitter a try
+
+
+def test_the_users_patience_wins(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "6")
+    tracking.connect()
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "6"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
