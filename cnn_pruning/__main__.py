@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from cnn_pruning import (
     select_filters,
     tracking,
 )
+from cnn_pruning.alive import signals_interrupt
 from cnn_pruning.baseline import fit_and_log
 from cnn_pruning.chain import read_chain
 from cnn_pruning.iterative import prune_iteratively
@@ -148,7 +150,7 @@ def prune_in_one_shot(
     removed = select_filters(scores, options.remove)
     small = remove_filters(model, removed)
     figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
-    tracking.log_figure(figure, "scores.png")
+    print(f"scores of all filters: {tracking.log_figure(figure, 'scores.png')}")
     val_loss, val_accuracy = evaluate(small, val)
     tracking.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
     return small, removed
@@ -186,7 +188,8 @@ def experiment(
     settings = {"batch_size": options.batch_size, "lr": options.lr, "seed": options.seed}
     rows = {}
 
-    with tracking.run("cnn-pruning") as parent:
+    about = {"channels": options.channels, "remove": options.remove, "epochs": options.epochs}
+    with tracking.run(tracking.title(about | settings)) as parent:
         tracking.log_settings({"remove": options.remove, "device": options.device})
 
         torch.manual_seed(options.seed)
@@ -223,17 +226,21 @@ def experiment(
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        options = parse(arguments)
-        try:
-            splits = fashion_mnist(options.data)
-            tracking.connect()  # after the data, because the first call makes a database
-        except (OSError, ValueError) as error:
-            refuse(str(error))
-        experiment(options, *splits)
-    except KeyboardInterrupt:
-        print("Interrupted. If the MLflow run had begun, it is marked as killed.", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
+        with signals_interrupt():
+            options = parse(arguments)
+            try:
+                splits = fashion_mnist(options.data)
+                tracking.connect()  # after the data, because the first call makes a database
+            except (OSError, ValueError) as error:
+                refuse(str(error))
+            experiment(options, *splits)
+    except KeyboardInterrupt as error:
+        notes = getattr(
+            error, "__notes__", ["If the MLflow run had begun, it is marked as killed."]
+        )
+        print("Interrupted.", *notes, file=sys.stderr)
+        return 128 + (error.args or [signal.SIGINT])[0]
+    except (FloatingPointError, tracking.NotRecorded) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -1,5 +1,6 @@
 """The trained network that the notebooks share, found in MLflow or trained and logged there."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ from cnn_pruning import tracking
 from cnn_pruning.data import batches
 from cnn_pruning.model import CNN
 from cnn_pruning.training import Row, check_settings, evaluate, fit
+
+SAME_ACCURACY = 0.005  # what another machine's rounding can change
 
 
 def fit_and_log(
@@ -23,11 +26,13 @@ def fit_and_log(
 
     ``settings`` are those of ``fit``. They are logged as parameters, together with the channels.
     ``train_loss``, ``val_loss`` and ``val_accuracy`` are logged after each epoch; at the end follow
-    ``test_loss``, ``test_accuracy``, the learning curves, the summary and the network.
+    ``test_loss``, ``test_accuracy``, the learning curves, the summary and the network. The network
+    is on this machine's disk, after each epoch, before MLflow is asked for anything.
     """
     from cnn_pruning import plots
 
     def log(row: Row) -> None:
+        tracking.keep_network(model)
         values = {name: value for name, value in row.items() if name != "epoch"}
         tracking.log_metrics(values, row["epoch"])
         if on_epoch:
@@ -38,7 +43,7 @@ def fit_and_log(
         tracking.log_data(data, name)
     history = fit(model, train, val, on_epoch=log, **settings)
     test_loss, test_accuracy = evaluate(model, test)
-    tracking.log_metrics({"test_loss": test_loss, "test_accuracy": test_accuracy})
+    tracking.log_result(model, {"test_loss": test_loss, "test_accuracy": test_accuracy})
     tracking.log_figure(plots.curves({"network": history}, "Training"), "training.png")
     tracking.log_network(model)
     return history
@@ -56,8 +61,10 @@ def baseline(
 ) -> tuple[CNN, str]:
     """Return the network trained with these settings, on the CPU, and the id of its run.
 
-    The network is read from the newest finished run with the same settings and training data. If
-    there is no such run, or its network can't be read, the network is trained and logged.
+    The network is read from the newest finished run with the same settings, training and test
+    data. If there is no such run, the network is trained and logged. A stored network
+    that isn't the one of its run, by its digest, its channels or its accuracy, is left alone with a
+    warning.
 
     ``seed`` decides the first weights as well as the order of the mini-batches. The caller's random
     numbers are untouched. The other settings are those of ``fit``.
@@ -74,14 +81,27 @@ def baseline(
     settings = {"seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": lr}
 
     tracking.connect()
-    for run_id in tracking.find_runs("baseline", {"channels": model.channels, **settings}, train):
+    wanted = {"channels": model.channels, **settings}
+    for run_id in tracking.find_runs("baseline", wanted, train, test):
         try:
-            return tracking.load_network(run_id), run_id
-        except Exception:  # deleted, damaged, or written by another version: try an older run
-            continue
+            return _stored(run_id, model.channels, test), run_id
+        except Exception as error:  # deleted, damaged, exchanged: try an older run
+            why = str(error).split("\n")[0]
+            warnings.warn(f"The network stored in run {run_id} is not used: {why}", stacklevel=2)
 
-    with tracking.run("cnn-pruning"), tracking.run("train") as active:
+    with tracking.run(tracking.title(wanted)), tracking.run("train") as active:
         fit_and_log(model, train, val, test, **settings)
         tracking.set_stage("baseline")
     # Read it back, so that the first call returns what the later calls will return.
     return tracking.load_network(active.info.run_id), active.info.run_id
+
+
+def _stored(run_id: str, channels: tuple[int, ...], test: TensorDataset) -> CNN:
+    """The network of a run, if it has these channels and the accuracy that was logged."""
+    model = tracking.load_network(run_id)
+    if model.channels != channels:
+        raise ValueError(f"It has {model.channels} filters, not {channels}.")
+    logged, found = tracking.metric(run_id, "test_accuracy"), evaluate(model, test)[1]
+    if not abs(found - logged) <= SAME_ACCURACY:  # nor if one is NaN
+        raise ValueError(f"Its test accuracy is {found:.2%}, but {logged:.2%} was logged.")
+    return model

@@ -4,25 +4,35 @@
 """
 
 import copy
+import errno
+import hashlib
+import itertools
 import logging
+import math
 import os
+import re
 import shlex
+import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
+from urllib.parse import quote
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
+from cnn_pruning.alive import alone, hold, let_go, signals_interrupt, the_dead
+from cnn_pruning.measure import count_parameters
 from cnn_pruning.model import CNN
 from cnn_pruning.paths import ROOT
 
@@ -35,6 +45,20 @@ EXPERIMENT = "cnn-pruning"
 ANSWER_WITHIN = 5  # seconds that a tracking server has for its first answer
 SERVER = ("http://", "https://")
 SQLITE = "sqlite:///"
+DIGEST = "network_sha256"  # the tag of a run with the digest of its network's file
+# Four tries, the last after 24 seconds, and then it's over within a minute; by default MLflow tries
+# for more than four.
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "4",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+}
+ONE_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+
+
+class NotRecorded(OSError):
+    """MLflow could not record a run; the message says which, why, and where its network is."""
 
 
 # Where the runs are
@@ -56,8 +80,25 @@ def _check_answer(uri: str) -> None:
         ) from error
 
 
-def _make_database(path: Path) -> None:
-    """Make an empty database at ``path``, whole or not at all.
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
+
+
+def _folder_of_this_machine(uri: str) -> Path:
+    """Where the runs that go on here have their locks, and networks lie until MLflow has them.
+
+    That is beside a database file, and in the user's home for a server.
+    """
+    if path := _sqlite_path(uri):
+        return Path(f"{path}.running")
+    _, _, server = uri.partition("://")[2].rpartition("@")  # without the password
+    home = next(p for p in (Path.home(), Path(tempfile.gettempdir())) if os.access(p, os.W_OK))
+    return home / ".cnn-pruning" / quote(server, safe="")
+
+
+def _make_database(path: Path, files: str) -> None:
+    """Make an empty database at ``path``, whole or not at all; ``files`` is MLflow's place for
+    files of runs.
 
     MLflow takes seconds to make one, and can't use one that it was stopped in making.
     """
@@ -67,7 +108,7 @@ def _make_database(path: Path) -> None:
         dir=path.parent, prefix="mlflow.db-", ignore_cleanup_errors=True
     ) as folder:
         new = Path(folder) / path.name
-        store = SqlAlchemyStore(SQLITE + new.as_posix(), (path.parent / "mlruns").as_uri())
+        store = SqlAlchemyStore(SQLITE + new.as_posix(), files)
         store.engine.dispose()  # closes the file
         new.replace(path)
 
@@ -78,6 +119,8 @@ def connect() -> str:
     The environment variable ``MLFLOW_TRACKING_URI`` says where the runs are. Without it, they are
     in an SQLite file at the repository's root, and their files are in ``mlruns`` beside it. The
     first call makes both. They are made once, even when several processes start together.
+
+    Runs of this machine whose process died are marked as killed.
 
     Raises ``ConnectionError`` within seconds if a tracking server doesn't answer, and
     ``ValueError`` if MLflow can't use the place. Nothing is left behind then.
@@ -94,27 +137,40 @@ def connect() -> str:
     logging.getLogger("mlflow.store").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # would log a lock file as well
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     mlflow.set_tracking_uri(uri)
-    lock = ROOT / ".mlflow.lock"
-    is_first_use = not lock.exists()
-    path = Path(uri.removeprefix(SQLITE))
+    path, folder = _sqlite_path(uri), _folder_of_this_machine(uri)
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        if uri.startswith(SQLITE) and path.is_dir():  # MLflow would try again for minutes
+        if path and path.is_dir():  # MLflow would try again for minutes
             raise IsADirectoryError("that is a folder")
-        with FileLock(lock):
-            if uri == default and not path.exists():
-                _make_database(path)
+        with alone(folder):
+            files = (ROOT / "mlruns").as_uri() if uri == default else None
+            if path and not path.exists():
+                _make_database(path, files or "./mlruns")
             if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-                files = (ROOT / "mlruns").as_uri() if uri == default else None
                 mlflow.create_experiment(EXPERIMENT, artifact_location=files)
-        return mlflow.set_experiment(EXPERIMENT).experiment_id
+            experiment = mlflow.set_experiment(EXPERIMENT).experiment_id
+            for run_id in the_dead(folder):
+                _mark_as_killed(run_id)
+        return experiment
     except Exception as error:  # of MLflow, of its database, of the file system
-        if is_first_use:
-            with suppress(OSError):
-                lock.unlink()
+        with suppress(OSError):  # leave nothing new behind
+            if new:
+                Path(alone(folder).lock_file).unlink(missing_ok=True)
+            for each in new:
+                each.rmdir()
         place = str(path) if uri == default else f"MLFLOW_TRACKING_URI={uri}"
-        why = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-        raise ValueError(f"MLflow can't keep its runs at {place} ({why}).") from error
+        raise ValueError(f"MLflow can't keep its runs at {place} ({_reason(error)}).") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What ``error`` comes down to, short enough for a part of a sentence."""
+    line = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+    if cause := re.search(r"Caused by \w+\(['\"](.+)['\"]\)", line):  # urllib3, at great length
+        line = cause[1].split(": ")[-1]
+    return (line if len(line) < 200 else f"{line[:200]}...") or type(error).__name__
 
 
 def where_to_look(active: "mlflow.ActiveRun") -> str:
@@ -137,20 +193,107 @@ def where_to_look(active: "mlflow.ActiveRun") -> str:
 # Runs
 
 
+def title(settings: Mapping[str, object]) -> str:
+    """Return a name for a parent run that tells it from others: its settings and the time."""
+    said = {
+        name: "-".join(map(str, value)) if isinstance(value, Sequence) else value
+        for name, value in settings.items()
+    }
+    listed = ", ".join(f"{name} {value}" for name, value in said.items())
+    return f"{listed} ({time.strftime('%Y-%m-%d %H:%M:%S')})"
+
+
 @contextmanager
 def run(name: str, parent: str | None = None) -> "Iterator[mlflow.ActiveRun]":
     """Start an MLflow run called ``name`` for the block.
 
     It stands under the run with the id ``parent``, or else under the active run, if there is one.
-    Its status is finished at the end, failed if the block raises, killed if it is interrupted.
+    Where the run ``parent`` has one of this name already, the new one is called "``name`` 2".
+    Its status is finished at the end, failed if the block raises, killed if it is interrupted, by
+    Ctrl-C or as ``signals_interrupt`` says. If the process dies without a word, the next
+    ``connect`` marks the run as killed.
+
+    Raises ``NotRecorded`` if MLflow fails: its server is gone, for example, or the disk is full.
     """
     import mlflow
 
-    with mlflow.start_run(run_name=name, nested=True, parent_run_id=parent) as active:
-        try:
+    with signals_interrupt():
+        with _failing_to(f"start the run {name!r}"):
+            name = _free_name(name, parent)
+            active = mlflow.start_run(run_name=name, nested=True, parent_run_id=parent)
+        with _ended(active, name), _failing_to(f"record the run {name!r}", active):
             yield active
-        except KeyboardInterrupt:
-            mlflow.end_run("KILLED")
+            mlflow.end_run()
+
+
+def _free_name(name: str, parent: str | None) -> str:
+    import mlflow
+
+    if parent is None:
+        return name
+    experiment = mlflow.get_run(parent).info.experiment_id
+    under = f"tags.`mlflow.parentRunId` = '{parent}'"
+    taken = mlflow.search_runs([experiment], under, output_format="list")
+    taken = {each.info.run_name for each in taken}
+    numbered = (f"{name} {number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in taken)
+
+
+@contextmanager
+def _ended(active: "mlflow.ActiveRun", name: str) -> Iterator[None]:
+    """The run ends with the block, and a lock says until then that it is alive."""
+    import mlflow
+
+    run_id = active.info.run_id
+    lock = hold(_folder_of_this_machine(mlflow.get_tracking_uri()), run_id)
+    ended = True
+    try:
+        yield
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        try:
+            with mock.patch.dict(os.environ, ONE_TRY):  # the server may be what failed
+                if mlflow.active_run() and mlflow.active_run().info.run_id == run_id:
+                    mlflow.end_run(status)
+                else:
+                    mlflow.MlflowClient().set_terminated(run_id, status)
+        except Exception:  # the next ``connect`` will mark it
+            ended = False
+            error.add_note(f"MLflow could not mark the run {name!r} as {status}{_lies_in(active)}.")
+        if ended and not isinstance(error, NotRecorded):
+            shutil.rmtree(_kept(active).parent, ignore_errors=True)
+        raise
+    finally:
+        let_go(lock, ended)
+
+
+@contextmanager
+def _failing_to(what: str, active: "mlflow.ActiveRun | None" = None) -> Iterator[None]:
+    """Turn into ``NotRecorded`` whatever keeps MLflow from recording, and no other error."""
+    import mlflow
+    from requests import RequestException
+
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    try:
+        yield
+    except (mlflow.MlflowException, OSError) as error:
+        if isinstance(error, mlflow.MlflowException | RequestException) or error.errno in full:
+            raise NotRecorded(
+                f"MLflow at {mlflow.get_tracking_uri()} could not {what} ({_reason(error)}): what "
+                f"would follow is lost{_lies_in(active) if active else ''}."
+            ) from None
+        raise
+
+
+def _mark_as_killed(run_id: str) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    try:
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
 
 
@@ -168,18 +311,18 @@ def _described(data: TensorDataset, name: str) -> "NumpyDataset":
     return mlflow.data.from_numpy(images, targets=labels, name=name)
 
 
-def find_runs(stage: str, settings: Mapping[str, object], train: TensorDataset) -> list[str]:
+def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) -> list[str]:
     """Return the ids of the finished runs of a stage with these settings, the newest first.
 
     They are runs whose stage was named by ``set_stage``, whose parameters have the values in
-    ``settings``, and to which ``train`` was logged by ``log_data``.
+    ``settings``, and to which each of ``data`` was logged by ``log_data``.
     """
     import mlflow
 
     conditions = [
         f"tags.stage = '{stage}'",
         "attributes.status = 'FINISHED'",
-        f"dataset.digest = '{_described(train, 'train').digest}'",
+        *(f"dataset.digest = '{_described(each, 'data').digest}'" for each in data),
         *(f"params.{name} = '{value}'" for name, value in settings.items()),
     ]
     found = mlflow.search_runs(
@@ -215,6 +358,26 @@ def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     mlflow.log_metrics(dict(metrics), step)
 
 
+def log_result(model: CNN, metrics: Mapping[str, float]) -> None:
+    """Log ``metrics`` and the size of ``model`` to the active run and to the one it stands under,
+    which so has the results of its newest network.
+    """
+    import mlflow
+
+    size = {"filters": sum(model.channels), "parameters": count_parameters(model)}
+    active = mlflow.active_run()
+    for run_id in (active.info.run_id, active.data.tags.get("mlflow.parentRunId")):
+        if run_id:
+            mlflow.log_metrics({**metrics, **size}, run_id=run_id)
+
+
+def metric(run_id: str, name: str) -> float:
+    """Return the metric ``name`` of a run as it was logged last, NaN if it wasn't."""
+    import mlflow
+
+    return mlflow.get_run(run_id).data.metrics.get(name, math.nan)
+
+
 def log_data(data: TensorDataset, name: str) -> None:
     """Log what a data set is, not its examples: name, shapes, and a digest of the values."""
     import mlflow
@@ -229,41 +392,98 @@ def log_dict(values: dict, path: str) -> None:
     mlflow.log_dict(values, path)
 
 
-def log_figure(figure: "Figure", path: str) -> None:
-    """Log a figure as a PNG file."""
+def log_figure(figure: "Figure", path: str) -> str:
+    """Log a figure as a PNG file; return where it is, a path on this machine or an address."""
     import mlflow
 
     mlflow.log_figure(figure, path)
+    place, uri = mlflow.get_artifact_uri(path), mlflow.get_tracking_uri()
+    if uri.startswith(SERVER):
+        run = mlflow.active_run().info
+        return f"{uri.rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts"
+    return urllib.request.url2pathname(place.removeprefix("file://"))
 
 
 # Networks
 
 
-def log_network(model: CNN) -> None:
-    """Log the summary of ``model``, its channels and its weights."""
+def _kept(active: "mlflow.ActiveRun") -> Path:
+    """Where the network of a run lies on this machine until MLflow has it."""
     import mlflow
 
+    folder = _folder_of_this_machine(mlflow.get_tracking_uri())
+    return folder / active.info.run_id / "network.pt"
+
+
+def _lies_in(active: "mlflow.ActiveRun") -> str:
+    return f", but its network lies in {_kept(active)}" if _kept(active).exists() else ""
+
+
+def keep_network(model: CNN) -> Path:
+    """Write ``model`` to this machine's disk, whole or not at all, and return where.
+
+    There it stays if the active run is cut off. ``read_network`` reads it.
+    """
+    import mlflow
+
+    path = _kept(mlflow.active_run())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name("half")
+    with half.open("wb") as file:
+        torch.save({"channels": model.channels, "state_dict": model.state_dict()}, file)
+    return half.replace(path)
+
+
+def log_network(model: CNN) -> None:
+    """Log the summary of ``model``, its channels and weights, and the digest of their file."""
+    import mlflow
+
+    path = keep_network(model)
     device = next(model.parameters()).device
     counted = summary(model, (1, *model.IMAGE_SHAPE), verbose=0, device=device)
     mlflow.log_text(str(counted), "summary.txt")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.pt"
-        torch.save({"channels": model.channels, "state_dict": model.state_dict()}, path)
-        mlflow.log_artifact(path)
+    mlflow.log_artifact(path)
+    mlflow.set_tag(DIGEST, _sha256(path))
+    shutil.rmtree(path.parent)
 
 
 def load_network(run_id: str) -> CNN:
     """Return the network that ``log_network`` logged to the run ``run_id``, on the CPU.
 
-    Raises ``mlflow.MlflowException`` if the run or its network doesn't exist.
+    Raises ``mlflow.MlflowException`` if the run or its network doesn't exist, and ``ValueError`` if
+    the file isn't the one that was logged.
     """
     import mlflow
 
-    path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="network.pt")
-    saved = torch.load(path, weights_only=True, map_location="cpu")
-    model = CNN(saved["channels"])
-    model.load_state_dict(saved["state_dict"])
+    digest = mlflow.get_run(run_id).data.tags.get(DIGEST)
+    with tempfile.TemporaryDirectory() as folder:
+        path = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path="network.pt", dst_path=folder
+        )
+        if _sha256(path) != digest:
+            raise ValueError("Its file is not the one that was logged: the SHA-256 sums differ.")
+        return read_network(path)
+
+
+def read_network(path: str | Path) -> CNN:
+    """Return the network in the file ``path``, on the CPU. Raises ``ValueError`` if it has none.
+
+    Only tensors and numbers are read, never code.
+    """
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        model = CNN(saved["channels"])
+        model.load_state_dict(saved["state_dict"])
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch and pickle raise on what isn't theirs
+        raise ValueError(f"{path} does not hold a network ({_reason(error)}).") from error
     return model
+
+
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def log_model(model: CNN, images: Tensor) -> None:

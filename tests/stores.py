@@ -3,8 +3,13 @@
 import os
 import shutil
 import socket
+import threading
+import time
 from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
+from urllib.parse import urlsplit
 
 import mlflow
 import pytest
@@ -48,6 +53,7 @@ def place(root, uri=None, cwd=None):
     with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             del os.environ[name]
+        os.environ["HOME"] = str(root)  # where locks for a server lie
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
         if uri:
             os.environ["MLFLOW_TRACKING_URI"] = uri
@@ -99,6 +105,11 @@ def runs(uri=None):
     return client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
 
 
+def named(run):
+    """The name of a run, "parent" for one that stands under no other."""
+    return run.info.run_name if "mlflow.parentRunId" in run.data.tags else "parent"
+
+
 def status(run_id):
     return mlflow.get_run(run_id).info.status
 
@@ -119,3 +130,56 @@ def no_server():
     with silent_server() as uri:
         pass
     yield uri
+
+
+def wait_in_a_run(root, uri, ids):
+    """For a process of its own: send the ids of two runs, one in the other, and go on with them."""
+    with place(root, uri):
+        tracking.connect()
+        with tracking.run("outer") as outer, tracking.run("inner") as inner:
+            ids.send([outer.info.run_id, inner.info.run_id])
+            time.sleep(600)
+
+
+@contextmanager
+def gate(uri):
+    """A server that hands on to the one at ``uri``, until its ``trouble`` is set to "refused",
+    "silent", or a status and a page. ``asked`` counts what it is asked in trouble; its ``uri``.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.server.asked += self.server.trouble is not None
+            if self.server.trouble == "silent":
+                self.server.over.wait()
+                return
+            if self.server.trouble:
+                status, answer = self.server.trouble
+            else:
+                behind = HTTPConnection(urlsplit(uri).netloc)
+                behind.request(self.command, self.path, body, dict(self.headers))
+                found = behind.getresponse()
+                status, answer = found.status, found.read()
+                behind.close()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.trouble, server.asked, server.over = None, 0, threading.Event()
+        server.uri = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.over.set()
+            server.shutdown()
+            thread.join()

@@ -41,7 +41,8 @@ def test_training_logs_its_settings_its_epochs_and_its_result(store):
     expected = {"test_loss": test_loss, "test_accuracy": test_accuracy}
     for name, value in expected.items():
         assert [m.value for m in client.get_metric_history(run_id, name)] == [value]
-    assert set(found.data.metrics) == {"train_loss", "val_loss", "val_accuracy", *expected}
+    sizes = {"filters", "parameters"}
+    assert set(found.data.metrics) == {"train_loss", "val_loss", "val_accuracy", *expected, *sizes}
 
     inputs = {i.tags[0].value: i.dataset.name for i in found.inputs.dataset_inputs}
     assert inputs == {name: name for name in ("train", "validation", "test")}

@@ -1,10 +1,12 @@
 import io
+import os
+import signal
 from contextlib import redirect_stdout
 
 import mlflow
 import pytest
 import torch
-from stores import artifacts, dataset, no_figures, no_server, place, runs
+from stores import artifacts, dataset, named, no_figures, no_server, place, runs
 
 import cnn_pruning.__main__ as program
 from cnn_pruning import baseline, tracking
@@ -36,7 +38,7 @@ def status(argv):
 
 
 def by_name(found):
-    return {run.data.tags["mlflow.runName"]: run for run in found}
+    return {named(run): run for run in found}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_the_table_has_each_network_and_the_test_set_for_the_final_ones_only(fin
 def test_the_last_line_says_which_run_it_was_and_where(finished, shared):
     printed, found = finished
     last = printed.splitlines()[-1]
-    assert found["cnn-pruning"].info.run_id in last
+    assert found["parent"].info.run_id in last
     assert shared[1] in last
 
 
@@ -106,7 +108,7 @@ def test_the_line_before_says_how_to_see_the_runs(finished):
     printed, found = finished
     line = printed.splitlines()[-2]
     assert "`uv run mlflow ui" in line
-    assert line.endswith(f"/#/experiments/{found['cnn-pruning'].info.experiment_id}/runs")
+    assert line.endswith(f"/#/experiments/{found['parent'].info.experiment_id}/runs")
 
 
 # What it records
@@ -114,8 +116,8 @@ def test_the_line_before_says_how_to_see_the_runs(finished):
 
 def test_one_run_with_a_finished_child_for_each_step(finished):
     _, found = finished
-    assert list(found) == ["cnn-pruning", "train", "prune", "fine-tune"]
-    parent = found["cnn-pruning"]
+    assert list(found) == ["parent", "train", "prune", "fine-tune"]
+    parent = found["parent"]
     assert parent.data.params["remove"] == "2"
     for name, run in found.items():
         assert run.info.status == "FINISHED"
@@ -152,7 +154,7 @@ def test_figures_are_recorded_with_the_step_they_show(finished, store):
         for name, run in found.items()
     }
     assert figures == {
-        "cnn-pruning": [],
+        "parent": [],
         "train": ["training.png"],
         "prune": ["scores.png"],
         "fine-tune": ["training.png"],
@@ -218,18 +220,18 @@ def interrupt(*_, **__):
 @pytest.mark.parametrize(
     ("owner", "name", "expected"),
     [
-        (baseline, "fit", {"cnn-pruning": "KILLED", "train": "KILLED"}),
-        (program, "accuracies", {"cnn-pruning": "KILLED", "train": "FINISHED"}),
+        (baseline, "fit", {"parent": "KILLED", "train": "KILLED"}),
+        (program, "accuracies", {"parent": "KILLED", "train": "FINISHED"}),
         (
             program,
             "filter_scores",
-            {"cnn-pruning": "KILLED", "train": "FINISHED", "prune": "KILLED"},
+            {"parent": "KILLED", "train": "FINISHED", "prune": "KILLED"},
         ),
         (
             tracking,
             "log_model",
             {
-                "cnn-pruning": "KILLED",
+                "parent": "KILLED",
                 "train": "FINISHED",
                 "prune": "FINISHED",
                 "fine-tune": "KILLED",
@@ -239,7 +241,7 @@ def interrupt(*_, **__):
             program,
             "costs",
             {
-                "cnn-pruning": "KILLED",
+                "parent": "KILLED",
                 "train": "FINISHED",
                 "prune": "FINISHED",
                 "fine-tune": "FINISHED",
@@ -261,6 +263,17 @@ def test_an_interrupt_kills_the_run_and_the_step_it_is_in(
     printed = capsys.readouterr()
     assert "Interrupted" in printed.err and printed.err.count("\n") == 1
     assert mlflow.active_run() is None
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_program_with_the_status_that_shells_expect(
+    store, monkeypatch, capsys, name
+):
+    number = getattr(signal, name)
+    monkeypatch.setattr(program, "fashion_mnist", lambda root: os.kill(os.getpid(), number))
+    assert program.main(arguments()) == 128 + number
+    printed = capsys.readouterr().err
+    assert "Interrupted" in printed and printed.count("\n") == 1
 
 
 # Bad values

@@ -169,7 +169,7 @@ FLOORS = [
         "iterative",
         "plots",
     ),
-    *("tracking", "baseline", "__main__"),
+    *("alive", "tracking", "baseline", "__main__"),
 ]
 
 

@@ -1,5 +1,8 @@
+import os
+import signal
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,17 +17,21 @@ from stores import (
     artifacts,
     assert_equal_networks,
     first_use,
+    gate,
     logits,
+    named,
     network,
     new_store,
+    no_figures,
     no_server,
     place,
     runs,
     silent_server,
     status,
+    wait_in_a_run,
 )
 
-from cnn_pruning import TaylorPruner, tracking
+from cnn_pruning import TaylorPruner, fit, tracking
 from cnn_pruning.baseline import baseline, fit_and_log
 
 # Where the runs are
@@ -140,9 +147,9 @@ def test_no_database_is_left_that_was_not_finished(tmp_path, tmp_path_factory, m
             patch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", stop)
             with pytest.raises((KeyboardInterrupt, ValueError)):
                 tracking.connect()
-        assert list(tmp_path.glob("mlflow*")) == []
+        assert set(tmp_path.glob("mlflow*")) <= {tmp_path / "mlflow.db.running"}
         monkeypatch.setattr(
-            tracking, "_make_database", lambda path: path.write_bytes(finished.read_bytes())
+            tracking, "_make_database", lambda path, _: path.write_bytes(finished.read_bytes())
         )
         tracking.connect()
         with tracking.run("next"):
@@ -225,6 +232,82 @@ def test_a_run_stands_under_the_active_run_or_under_the_one_named(store):
     assert tracking.parent_of(parent.info.run_id) is None
 
 
+def test_a_repeated_stage_of_one_parent_gets_a_name_of_its_own(store):
+    with tracking.run("parent") as parent:
+        pass
+    for expected in ("prune", "prune 2", "prune 3"):
+        with tracking.run("prune", parent.info.run_id) as again:
+            assert again.info.run_name == expected
+    with tracking.run("another parent") as other, tracking.run("prune", other.info.run_id) as first:
+        assert first.info.run_name == "prune"
+
+
+def test_the_name_of_a_parent_tells_settings_and_time():
+    names = {tracking.title({"channels": c, "seed": s}) for c in ((8, 16), (8,)) for s in (1, 2)}
+    assert len(names) == 4
+    assert any(name.startswith("channels 8-16, seed 1 (20") for name in names)
+
+
+# How they end
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_run_as_an_interrupt_does(store, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        with tracking.run("outer") as outer, tracking.run("inner") as inner:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+    assert [status(each.info.run_id) for each in (outer, inner)] == ["KILLED"] * 2
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(store):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with tracking.run("run") as active:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert status(active.info.run_id) == "FINISHED"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_leaves_the_signals_alone(store):
+    def work():
+        with tracking.run("thread") as active:
+            ended.append(active.info.run_id)
+
+    ended = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert status(ended[0]) == "FINISHED"
+
+
+def test_the_next_start_marks_the_runs_of_the_dead_and_no_others(store, shared, processes):
+    # Of a run without a lock here, on another machine perhaps, nothing is known.
+    elsewhere = mlflow.MlflowClient().create_run(tracking.connect()).info.run_id
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=wait_in_a_run, args=(*shared, theirs))
+    try:
+        with tracking.run("mine") as mine:
+            process.start()
+            its_runs = ours.recv()  # it has connected meanwhile
+            tracking.connect()
+            assert {status(each) for each in its_runs} == {"RUNNING"}
+            process.kill()
+            process.join()
+            assert {status(each) for each in its_runs} == {"RUNNING"}
+            tracking.connect()
+            assert {status(each) for each in its_runs} == {"KILLED"}
+            assert status(mine.info.run_id) == status(elsewhere) == "RUNNING"
+    finally:
+        process.kill()
+        process.join()
+    assert not list(shared[0].glob("mlflow.db.running/*.alive"))
+
+
 # Networks
 
 
@@ -295,11 +378,11 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
         assert tracking.load_network(prune.info.run_id).channels == small.channels
         assert mlflow.artifacts.load_dict(f"runs:/{prune.info.run_id}/removed.json") == removed
 
-        found = {run.data.tags["mlflow.runName"]: run for run in runs(uri)}
-        assert list(found) == ["cnn-pruning", "train", "prune", "fine-tune"]
+        found = {named(run): run for run in runs(uri)}
+        assert list(found) == ["parent", "train", "prune", "fine-tune"]
         assert {run.info.status for run in found.values()} == {"FINISHED"}
         for name, run in found.items():
-            under = None if name == "cnn-pruning" else parent
+            under = None if name == "parent" else parent
             assert run.data.tags.get("mlflow.parentRunId") == under
         assert found["train"].data.params["epochs"] == "2"
         assert found["fine-tune"].data.params["channels"] == str(small.channels)
@@ -315,3 +398,112 @@ def test_everything_is_tracked_on_a_server_too(server, tmp_path):
         assert mlflow.MlflowClient(uri).get_logged_model(tracked.model_id).name == "model"
     assert not (tmp_path / "mlruns").exists() and not (tmp_path / "mlflow.db").exists()
     assert list((folder / "served").rglob("network.pt"))
+
+
+# A server in trouble
+
+
+def impatient(monkeypatch, retries=0):
+    settings = tracking.PATIENCE | {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "1",
+    }
+    monkeypatch.setattr(tracking, "PATIENCE", settings)
+
+
+def kept_networks(home):
+    return list(home.rglob(".cnn-pruning/**/network.pt"))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("refused", "Connection refused"),
+        ("silent", "timed out"),
+        ((500, b"a fault"), "500"),
+        ((403, b"<html>Not for you</html>"), "403"),
+        ((200, b"<html>Please log in</html>"), "not in a valid JSON format"),
+    ],
+)
+def test_of_a_server_in_trouble_one_sentence_says_what_is_lost_and_where_the_network_is(
+    server, tmp_path, monkeypatch, trouble, reason
+):
+    def begin(row):
+        gate_.trouble = trouble
+        if trouble == "refused":
+            gate_.shutdown()
+            gate_.socket.close()
+
+    impatient(monkeypatch)
+    no_figures(monkeypatch)
+    settings = SETTINGS | {"epochs": 2}
+    with gate(server[0]) as gate_, place(tmp_path, gate_.uri):
+        tracking.connect()
+        with pytest.raises(tracking.NotRecorded) as error:
+            with tracking.run("outer"), tracking.run("train"):
+                fit_and_log(network(), *SPLITS, on_epoch=begin, **settings)
+        assert mlflow.active_run() is None
+        (path,) = kept_networks(tmp_path)
+        said = str(error.value)
+        assert "'train'" in said and gate_.uri in said and reason in said and str(path) in said
+        assert said.count("\n") == 0 and len(said) < 600
+        expected = network()
+        fit(expected, *SPLITS[:2], **settings)  # both epochs were trained
+        assert_equal_networks(tracking.read_network(path), expected)
+
+
+def test_a_server_that_comes_back_gets_everything_and_is_told_of_runs_it_missed(
+    server, tmp_path, monkeypatch
+):
+    impatient(monkeypatch, retries=3)
+    with gate(server[0]) as gate_, place(tmp_path, gate_.uri):
+        tracking.connect()
+        with tracking.run("patient") as active:
+            gate_.trouble = (503, b"")
+            threading.Timer(0.2, setattr, (gate_, "trouble", None)).start()
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+            tracking.log_metrics({"value": 1})
+            tracking.log_network(network())
+        assert gate_.asked and tracking.metric(active.info.run_id, "value") == 1
+        assert status(active.info.run_id) == "FINISHED" and kept_networks(tmp_path) == []
+
+        with pytest.raises(ValueError), tracking.run("cut off") as cut:
+            gate_.trouble = (503, b"")
+            raise ValueError
+        gate_.trouble = None
+        assert status(cut.info.run_id) == "RUNNING"
+        tracking.connect()
+        assert status(cut.info.run_id) == "KILLED"
+
+
+def test_an_interrupt_ends_the_waiting_for_a_server_at_once(server, tmp_path):
+    with gate(server[0]) as gate_, place(tmp_path, gate_.uri):
+        tracking.connect()
+        with pytest.raises(KeyboardInterrupt) as error:
+            with tracking.run("outer"), tracking.run("train"):
+                tracking.keep_network(network())
+                gate_.trouble = (503, b"")
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+                tracking.log_metrics({"value": 1})
+        assert gate_.asked <= 4  # twice at once for the value, and once for the end of each run
+        (path,) = kept_networks(tmp_path)
+        assert any(str(path) in note for note in error.value.__notes__)
+        assert_equal_networks(tracking.read_network(path), network())
+
+
+def test_a_server_has_more_than_twenty_seconds_to_come_back_and_less_than_a_minute_in_all():
+    tries, factor, each = (
+        int(tracking.PATIENCE[f"MLFLOW_HTTP_REQUEST_{name}"])
+        for name in ("MAX_RETRIES", "BACKOFF_FACTOR", "TIMEOUT")
+    )
+    waits = sum(factor * 2**number for number in range(1, tries))  # urllib3 starts with none
+    ends = 2 * int(tracking.ONE_TRY["MLFLOW_HTTP_REQUEST_TIMEOUT"])  # of a run and its parent
+    assert 20 < waits < waits + tries + (1 + tries) * each + ends < 60  # a second's jitter a try
+
+
+def test_the_users_patience_wins(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "6")
+    tracking.connect()
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "6"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"

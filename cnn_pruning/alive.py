@@ -1,0 +1,71 @@
+"""Which processes of this machine are alive, known by the locks they hold, and how they are ended.
+
+The system frees the locks of a process, however it dies. So a file whose lock is free belongs to
+a dead one, and two that live never take each other for dead.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise ``KeyboardInterrupt``, with their number, as long as the block runs.
+
+    They stay as they are where they are ignored (``nohup``) or handled already, and outside the
+    main thread, where Python allows no change.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    changed = []
+    if threading.current_thread() is threading.main_thread():
+        known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        changed = [n for n in known if n and signal.getsignal(n) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def alone(folder: Path) -> FileLock:
+    """Return the lock under which one process at a time changes what ``folder`` stands for."""
+    return FileLock(folder / "all.lock")
+
+
+def hold(folder: Path, name: str) -> FileLock:
+    """Say by a lock in ``folder`` that the owner of ``name`` is alive, until ``let_go``."""
+    lock = FileLock(folder / f"{name}.alive")
+    with alone(folder):  # nobody may find the file before it is locked
+        lock.acquire()
+    return lock
+
+
+def let_go(lock: FileLock, ended: bool) -> None:
+    """Release what ``hold`` returned; if ``name`` has not ``ended``, it stays among the dead."""
+    lock.release()
+    if ended:
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def the_dead(folder: Path) -> Iterator[str]:
+    """Yield the names in ``folder`` that nobody alive holds. Call it ``alone``.
+
+    Each is forgotten when the next is asked for.
+    """
+    for path in folder.glob("*.alive"):
+        try:
+            with FileLock(path, timeout=0):
+                yield path.stem
+            path.unlink(missing_ok=True)
+        except Timeout:
+            continue
