@@ -210,6 +210,12 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
+def stop() -> None:
+    """Take leave of the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_first() -> bool:
     """Whether this is rank 0 of its process group, or the only process."""
     return not _several() or dist.get_rank() == 0

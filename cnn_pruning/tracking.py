@@ -25,6 +25,7 @@ from torchinfo import summary
 
 from cnn_pruning.model import CNN
 from cnn_pruning.paths import ROOT
+from cnn_pruning.ranks import first_alone
 
 if TYPE_CHECKING:
     import mlflow
@@ -137,6 +138,7 @@ def where_to_look(active: "mlflow.ActiveRun") -> str:
 # Runs
 
 
+@first_alone
 @contextmanager
 def run(name: str, parent: str | None = None) -> "Iterator[mlflow.ActiveRun]":
     """Start an MLflow run called ``name`` for the block.
@@ -191,9 +193,10 @@ def find_runs(stage: str, settings: Mapping[str, object], train: TensorDataset) 
     return [each.info.run_id for each in found]
 
 
-# What is logged to the active run
+# What is logged to the active run; of several processes that work together, by the first
 
 
+@first_alone
 def set_stage(stage: str) -> None:
     """Name the stage of the experiment, by which ``find_runs`` finds the active run."""
     import mlflow
@@ -201,6 +204,7 @@ def set_stage(stage: str) -> None:
     mlflow.set_tag("stage", stage)
 
 
+@first_alone
 def log_settings(settings: Mapping[str, object]) -> None:
     """Log settings, by name, as parameters."""
     import mlflow
@@ -208,6 +212,7 @@ def log_settings(settings: Mapping[str, object]) -> None:
     mlflow.log_params(dict(settings))
 
 
+@first_alone
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Log numbers, by name, as metrics; ``step`` is the epoch or the removal they belong to."""
     import mlflow
@@ -215,6 +220,7 @@ def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     mlflow.log_metrics(dict(metrics), step)
 
 
+@first_alone
 def log_data(data: TensorDataset, name: str) -> None:
     """Log what a data set is, not its examples: name, shapes, and a digest of the values."""
     import mlflow
@@ -222,6 +228,7 @@ def log_data(data: TensorDataset, name: str) -> None:
     mlflow.log_input(_described(data, name), context=name)
 
 
+@first_alone
 def log_dict(values: dict, path: str) -> None:
     """Log ``values`` as a JSON file."""
     import mlflow
@@ -229,6 +236,7 @@ def log_dict(values: dict, path: str) -> None:
     mlflow.log_dict(values, path)
 
 
+@first_alone
 def log_figure(figure: "Figure", path: str) -> None:
     """Log a figure as a PNG file."""
     import mlflow
@@ -239,6 +247,7 @@ def log_figure(figure: "Figure", path: str) -> None:
 # Networks
 
 
+@first_alone
 def log_network(model: CNN) -> None:
     """Log the summary of ``model``, its channels and its weights."""
     import mlflow
@@ -266,6 +275,7 @@ def load_network(run_id: str) -> CNN:
     return model
 
 
+@first_alone
 def log_model(model: CNN, images: Tensor) -> None:
     """Log ``model`` in MLflow's own format, which others can use without this package.
 

@@ -1,8 +1,5 @@
 """What several processes compute together is what one process computes alone."""
 
-import copy
-import math
-import threading
 import warnings
 from collections import OrderedDict
 
@@ -13,7 +10,7 @@ from networks import assert_same, state_of
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from cnn_pruning import CNN, TaylorPruner, evaluate, filter_scores, fit, ranks
+from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit
 from cnn_pruning.criteria import CRITERIA
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.ranks import divide, pool
