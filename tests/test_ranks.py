@@ -1,7 +1,14 @@
 """What several processes compute together is what one process computes alone."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +17,7 @@ from networks import assert_same, state_of
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit
+from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit, ranks
 from cnn_pruning.criteria import CRITERIA
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.ranks import divide, pool
@@ -170,6 +177,7 @@ def alone():
     }
     if rank == 0:
         found["first alone"] = filter_scores(network(), TRAIN)
+    found["seeds"] = ranks._of_all(ranks.seed_of_rank(7, divide(TRAIN)))
 
     def refused(function):
         with pytest.raises((ValueError, FloatingPointError, TypeError)) as error:
@@ -184,13 +192,40 @@ def alone():
         "lengths": refused(lambda: divide(part)) if len(TRAIN) % several else "",
         "networks": refused(lambda: filter_scores(network(seed=rank), divide(TRAIN))),
         "train on parts": refused(lambda: fit(network(), pool(part), VAL)),
-        "empty": refused(lambda: filter_scores(network(), pool(Subset(TRAIN, [])))),
+        "all empty": refused(lambda: filter_scores(network(), pool(Subset(TRAIN, [])))),
         "norm": refused(lambda: fit(normed, divide(FEW[5]), VAL, batch_size=3)),
         "loss": refused(lambda: fit(broken, divide(TRAIN), divide(VAL), lr=1e200, batch_size=8)),
         "steps": refused(lambda: steps(divide(TRAIN), VAL, updates=5, lr=1e200)),
     }
     assert_same(state_of(broken) | {"random": None}, before | {"random": None})
     return found
+
+
+def late():
+    """The last rank is late: what the others say."""
+    data = divide(TRAIN)
+    with warnings.catch_warnings(record=True) as said, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.setattr(ranks, "PATIENCE", 0.1)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            time.sleep(0.5)
+        evaluate(network(), data)
+    return [str(warning.message) for warning in said]
+
+
+def one_dies():
+    """Rank 1 dies while the ranks train: what the others raise, and what is left of the network."""
+    model = network()
+    before = state_of(model)
+
+    def die(row):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ConnectionError) as error:
+        fit(model, divide(TRAIN), divide(VAL), on_epoch=die, **FIT)
+    assert_same(state_of(model) | {"random": None}, before | {"random": None})
+    return str(error.value)
 
 
 def work(rank, several, folder):
@@ -201,12 +236,13 @@ def work(rank, several, folder):
         warnings.simplefilter("error")
         found = results(divide), alone()
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(late(), folder / f"late-{rank}.pt")
+    torch.save(one_dies(), folder / f"death-{rank}.pt")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def together(request, processes, tmp_path_factory):
-    """What each of several ranks found: [(results, alone)]."""
+def folder(request, processes, tmp_path_factory):
+    """Where each of several ranks wrote what it found."""
     folder = tmp_path_factory.mktemp("ranks")
     started = [
         processes.Process(target=work, args=(rank, request.param, folder))
@@ -216,8 +252,17 @@ def together(request, processes, tmp_path_factory):
         process.start()
     for process in started:
         process.join(60)
-    assert [process.exitcode for process in started] == [0] * request.param
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+        process.kill()
+    expected = [-signal.SIGKILL if rank == 1 else 0 for rank in range(request.param)]
+    assert [process.exitcode for process in started] == expected
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(folder):
+    """What the ranks found: [(results, alone)]."""
+    files = sorted(folder.glob("[0-9].pt"))
+    return [torch.load(file, weights_only=True) for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +290,7 @@ def test_all_ranks_have_the_same_to_the_last_bit(together):
     (first, first_alone), *others = together
     for found, found_alone in others:
         assert_same(found, first)
-        del found_alone["not shared"]
-        for name in found_alone:
+        for name in found_alone.keys() - {"not shared"}:
             assert_same(found_alone[name], first_alone[name])
 
 
@@ -272,3 +316,62 @@ def test_training_gives_the_weights_and_losses_of_one_process(together, one, wha
 def test_the_schedule_removes_what_one_process_removes(together, one, what):
     assert len(one[what]) == 2
     assert_close(together[0][0][what], one[what], 1e-9)
+
+
+def test_parts_that_the_ranks_have_are_pooled(together):
+    found = together[0][1]
+    names = [name for name in CRITERIA if name not in ("random", "obd")]
+    expected = [filter_scores(network(), TRAIN, name) for name in names]
+    assert_close(found["pool"], expected, 1e-12)
+    assert_close(found["pool, empty"], filter_scores(network(), FEW[5]), 1e-12)
+    assert_close(found["pool, evaluate"], evaluate(network(), TRAIN), 1e-12)
+
+
+def test_what_is_not_shared_stays_of_one_rank(together):
+    for rank, (_, found) in enumerate(together):
+        part = Subset(TRAIN, range(rank, len(TRAIN), len(together)))
+        assert_same(found["not shared"], filter_scores(network(), part))
+    assert_same(together[0][1]["first alone"], filter_scores(network(), TRAIN))
+
+
+def test_training_starts_from_the_weights_of_rank_0(together, one):
+    assert_close(together[1][1]["other weights"], one["fit"], 1e-9)
+
+
+def test_every_rank_draws_its_own_dropout(together):
+    seeds = together[0][1]["seeds"]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == len(together)
+
+
+def test_what_the_ranks_can_not_do_together_is_refused_by_all(together):
+    for _, found in together:
+        errors = found["errors"]
+        assert "different lengths, [" in errors["lengths"] and "pool" in errors["lengths"]
+        assert "rank 1 isn't that of rank 0" in errors["networks"]
+        assert "divide, not pool" in errors["train on parts"]
+        assert "empty" in errors["all empty"]
+        assert "single image to a rank" in errors["norm"]
+        assert "learning rate lower" in errors["loss"] and "an lr lower" in errors["steps"]
+
+
+def test_who_waits_for_a_rank_says_so(folder):
+    *waiting, last = [torch.load(file) for file in sorted(folder.glob("late-*.pt"))]
+    assert last == []
+    for rank, said in enumerate(waiting):
+        assert len(said) == 1
+        assert f"Rank {rank} has waited for the other ranks" in said[0]
+
+
+def test_a_rank_that_dies_ends_the_training_of_the_others_with_their_weights_restored(folder):
+    files = sorted(folder.glob("death-*.pt"))
+    assert files[0].name == "death-0.pt" and "death-1.pt" not in {file.name for file in files}
+    for file in files:
+        said = torch.load(file)
+        assert said.startswith("This process can't go on with the other ranks")
+        assert "\n" not in said
+
+
+def test_one_process_has_nothing_to_share():
+    assert divide(TRAIN) is TRAIN
+    assert pool(TRAIN) is TRAIN
