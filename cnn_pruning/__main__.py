@@ -20,6 +20,7 @@ from cnn_pruning import (
     filter_scores,
     normalize,
     plots,
+    ranks,
     remove_filters,
     select_filters,
     tracking,
@@ -38,7 +39,7 @@ PROGRAM = "python -m cnn_pruning"
 
 def refuse(message: str) -> NoReturn:
     """Exit with status 2 and ``message`` in one line."""
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    ranks.say(f"{PROGRAM}: {' '.join(message.split())}")
     raise SystemExit(2)
 
 
@@ -115,7 +116,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=1,
         help="decides the first weights and the order of the images",
     )
-    add("--device", type=device, default="cpu", help="where to compute")
+    add(
+        "--device",
+        type=device,
+        default="cpu",
+        help="where to compute; under torchrun, 'cuda' is a GPU for each process",
+    )
     add("--data", type=Path, default=None, help="folder of the data set, if not the project's")
     options = parser.parse_args(arguments)
     if options.remove > sum(options.channels) - len(options.channels):
@@ -149,8 +155,9 @@ def prune_in_one_shot(
     scores = normalize(filter_scores(model, train))
     removed = select_filters(scores, options.remove)
     small = remove_filters(model, removed)
-    figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
-    print(f"scores of all filters: {tracking.log_figure(figure, 'scores.png')}")
+    if ranks.is_first():
+        figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
+        print(f"scores of all filters: {tracking.log_figure(figure, 'scores.png')}")
     val_loss, val_accuracy = evaluate(small, val)
     tracking.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
     return small, removed
@@ -213,6 +220,8 @@ def experiment(
             rows["fine-tuned"] = accuracies(small, val, test)
             tracking.log_model(small, test[:2][0])
 
+        if not ranks.is_first():
+            return
         measured = dict(zip(("trained", "fine-tuned"), costs(model, small), strict=True))
         measured["pruned"] = measured["fine-tuned"]  # one architecture
         rows = {name: measured[name] | found for name, found in rows.items()}
@@ -229,8 +238,10 @@ def main(arguments: list[str] | None = None) -> int:
         with signals_interrupt():
             options = parse(arguments)
             try:
-                splits = fashion_mnist(options.data)
-                tracking.connect()  # after the data, because the first call makes a database
+                options.device = ranks.start(options.device)
+                splits = [ranks.divide(data) for data in fashion_mnist(options.data)]
+                if ranks.is_first():  # after the data, because the first call makes a database
+                    tracking.connect()
             except (OSError, ValueError) as error:
                 refuse(str(error))
             experiment(options, *splits)
@@ -238,11 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
         notes = getattr(
             error, "__notes__", ["If the MLflow run had begun, it is marked as killed."]
         )
-        print("Interrupted.", *notes, file=sys.stderr)
+        ranks.say(" ".join(["Interrupted.", *notes]))
         return 128 + (error.args or [signal.SIGINT])[0]
-    except (FloatingPointError, tracking.NotRecorded) as error:
-        print(error, file=sys.stderr)
+    except (FloatingPointError, ConnectionError, tracking.NotRecorded) as error:
+        ranks.say(str(error))
         return 1
+    ranks.stop()
     return 0
 
 

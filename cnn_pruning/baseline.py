@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 from cnn_pruning import tracking
 from cnn_pruning.data import batches
 from cnn_pruning.model import CNN
+from cnn_pruning.ranks import is_first, own
 from cnn_pruning.training import Row, check_settings, evaluate, fit
 
 SAME_ACCURACY = 0.005  # what another machine's rounding can change
@@ -40,11 +41,12 @@ def fit_and_log(
 
     tracking.log_settings({"channels": model.channels, **settings})
     for name, data in (("train", train), ("validation", val), ("test", test)):
-        tracking.log_data(data, name)
+        tracking.log_data(own(data), name)
     history = fit(model, train, val, on_epoch=log, **settings)
     test_loss, test_accuracy = evaluate(model, test)
     tracking.log_result(model, {"test_loss": test_loss, "test_accuracy": test_accuracy})
-    tracking.log_figure(plots.curves({"network": history}, "Training"), "training.png")
+    if is_first():
+        tracking.log_figure(plots.curves({"network": history}, "Training"), "training.png")
     tracking.log_network(model)
     return history
 

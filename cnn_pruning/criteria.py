@@ -15,6 +15,7 @@ from cnn_pruning.data import batches
 from cnn_pruning.feature_maps import Maps, feature_maps
 from cnn_pruning.oracle import oracle, oracle_abs
 from cnn_pruning.passes import Cost, device_of, evaluation, on_device, outputs_of, summed_loss
+from cnn_pruning.ranks import gathered, summed
 from cnn_pruning.scores import Scores
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
@@ -101,9 +102,11 @@ class MeanOverExamples:
             self.totals[layer] = self.totals[layer] + total if layer in self.totals else total
         self.examples += len(z)
 
-    def scores(self) -> Scores:
-        """Return the mean, (K,), by layer."""
-        return {layer: total / self.examples for layer, total in self.totals.items()}
+    def scores(self, model: nn.Module, data: Dataset) -> Scores:
+        """Return the mean, (K,), by layer; over all ranks if they share ``data``."""
+        examples = summed(data, model, {"examples": self.examples})["examples"]
+        totals = summed(data, model, self.totals)
+        return {layer: total / examples for layer, total in totals.items()}
 
 
 def over_examples(per_example: PerExample) -> Criterion:
@@ -119,7 +122,7 @@ def over_examples(per_example: PerExample) -> Criterion:
         gradient = per_example not in FORWARD_ONLY
         for _, maps in feature_maps(model, data, batch_size, gradient, cost):
             mean.add(maps)
-        return mean.scores()
+        return mean.scores(read_chain(model).model, data)
 
     return score
 
@@ -152,6 +155,7 @@ def activation_std(
             z = z.double()
             moments = torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)]).cpu()
             sums[layer] = sums[layer] + moments if layer in sums else moments
+    sums = summed(data, read_chain(model).model, sums)
     scores = {}
     for layer, moments in sums.items():
         mean, mean_square = moments / len(data)
@@ -177,6 +181,9 @@ def mutual_information(
         labels.append(batch.cpu())
         for layer, (z, _) in maps.items():
             means.setdefault(layer, []).append(activation_mean(z).cpu().double())
+    network = read_chain(model).model
+    means = summed(data, network, means)  # lists, one after the other
+    labels = summed(data, network, {"labels": labels})["labels"]
     quantiles = torch.arange(1, BINS, dtype=torch.float64) / BINS
     scores = {}
     for layer, parts in means.items():
@@ -271,6 +278,7 @@ def obd(
     finally:
         for p in frozen:
             p.requires_grad_(False)
+    totals = summed(data, chain.model, totals)
     return {layer: total / len(data) for layer, total in totals.items()}
 
 
@@ -334,7 +342,8 @@ def score(
     """
     found = check(chain, criterion, cost)
     whole = found if found in WHOLE else over_examples(found)
-    return at_least_float32(chain, whole(chain, data, batch_size, cost))
+    scores = at_least_float32(chain, whole(chain, data, batch_size, cost))
+    return gathered(data, chain.model, scores)[0]  # random numbers too are then of one rank
 
 
 def check(

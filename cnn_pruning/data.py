@@ -1,7 +1,8 @@
 """FashionMNIST as tensors, split into train, validation and test; mini-batches."""
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -15,6 +16,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     TensorDataset,
     default_collate,
@@ -23,6 +25,7 @@ from torchvision.datasets import FashionMNIST
 
 from cnn_pruning.passes import integer
 from cnn_pruning.paths import ROOT
+from cnn_pruning.ranks import Shared, own
 
 CLASSES = tuple(FashionMNIST.classes)
 VALIDATION_SIZE = 5_000
@@ -80,12 +83,16 @@ def batches(
     """Return a loader of (images, labels) mini-batches, shuffled if a ``generator`` is given.
 
     ``dataset`` is any dataset of (image, label) with a length; a ``TensorDataset`` is fetched a
-    whole batch at a time, which is much faster. The last batch may be smaller.
+    whole batch at a time, which is much faster. The last batch may be smaller. Of a ``Shared``
+    one the loader has what this rank reads, and to train an image in each mini-batch at least.
 
     Raises ``TypeError`` for what isn't such a dataset, at once or at its first item, and
-    ``ValueError`` for an empty one or a ``batch_size`` that isn't a positive integer.
+    ``ValueError`` for an empty one, a ``batch_size`` that isn't a positive integer, or training on
+    parts that are only pooled.
     """
     batch_size = integer("batch_size", batch_size, 1)
+    shared = dataset if isinstance(dataset, Shared) else None
+    dataset = own(dataset)
     listed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if not listed or isinstance(dataset, Mapping | IterableDataset):
         hint = ": hand in its .dataset" if isinstance(dataset, DataLoader) else ""
@@ -93,26 +100,66 @@ def batches(
             "The data must be a dataset of (image, label) with a length, a TensorDataset for "
             f"example, but they are a {type(dataset).__name__}{hint}."
         )
-    if len(dataset) == 0:
+    if len(shared or dataset) == 0:
         raise ValueError("The dataset is empty: give at least one (image, label).")
     if generator is None:
         sampler = SequentialSampler(dataset)
     else:
+        if shared and not shared.whole:
+            raise ValueError("To train, every rank needs all of the data: use divide, not pool.")
         sampler = RandomSampler(dataset, generator=generator)
+    sampler = BatchSampler(sampler, batch_size, drop_last=False)
+    if shared:
+        sampler = _Part(sampler, shared.part, training=generator is not None)
     # Without a generator of its own, a DataLoader draws from the caller's random numbers.
-    own = torch.Generator()
+    private = torch.Generator()
     if type(dataset) is TensorDataset:  # a subclass may change the images one by one
-        _check_item(tuple(tensor[0] for tensor in dataset.tensors))
-        sampler = BatchSampler(sampler, batch_size, drop_last=False)
-        return DataLoader(dataset, sampler=sampler, batch_size=None, generator=own)
-    return DataLoader(
-        dataset, sampler=sampler, batch_size=batch_size, generator=own, collate_fn=_collate
-    )
+        if len(dataset):
+            _check_item(tuple(tensor[0] for tensor in dataset.tensors))
+        return DataLoader(dataset, sampler=sampler, batch_size=None, generator=private)
+    return DataLoader(dataset, batch_sampler=sampler, generator=private, collate_fn=_collate)
+
+
+class _Part(Sampler):
+    """What one rank takes of each mini-batch.
+
+    To train, every rank takes part in every mini-batch: where there are fewer images than ranks,
+    the first one stands in.
+    """
+
+    def __init__(self, batches: Sampler, part: slice, training: bool) -> None:
+        self.batches, self.part, self.training = batches, part, training
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for indices in self.batches:
+            part = indices[self.part]
+            if part or self.training:
+                yield part or indices[:1]
+
+
+def epoch(
+    loader: DataLoader, dataset: Dataset, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield the mini-batches of ``loader``, and by what to divide the sum of each one's loss.
+
+    That is its number of images. Where ranks train together, DistributedDataParallel averages over
+    them, so it is the number for one rank if all had equally many; and infinity for an image that
+    only stands in.
+    """
+    rank, ranks = (dataset.rank, dataset.ranks) if isinstance(dataset, Shared) else (0, 1)
+    left = len(dataset)
+    for images, labels in loader:
+        size = min(batch_size, left)
+        left -= size
+        yield images, labels, size / ranks if rank < size else math.inf
 
 
 def image_shape(dataset: Dataset) -> tuple[int, ...]:
     """Return the shape of the images of ``dataset``. Raises as ``batches`` does."""
-    images, _ = next(iter(batches(dataset, 1)))
+    images, _ = next(iter(batches(own(dataset), 1)))
     return tuple(images.shape[1:])
 
 

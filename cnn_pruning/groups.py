@@ -34,6 +34,7 @@ from cnn_pruning.passes import (
     summed_loss,
 )
 from cnn_pruning.pruner import checked_filters
+from cnn_pruning.ranks import own, summed
 from cnn_pruning.scores import Filters, Scores, spare_filters
 from cnn_pruning.tracing import check_network
 
@@ -95,6 +96,7 @@ def group_scores(
             slopes = torch.autograd.grad(loss, gates)
         for total, slope in zip(totals.values(), slopes, strict=True):
             total += slope.abs().cpu().sum(0, dtype=torch.float64)
+    totals = summed(data, model, totals)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return {
         name: (totals[name] / len(data) / group.values).to(dtype) for name, group in groups.items()
@@ -157,7 +159,7 @@ class _Network:
         check_network(model)
         self.model = model
         with torch.inference_mode(False), torch.enable_grad():
-            self.images = on_device(next(iter(batches(data, 2)))[0], device_of(model))
+            self.images = on_device(next(iter(batches(own(data), 2)))[0], device_of(model))
             self.groups = _read(copy_of(model).eval().requires_grad_(), self.images)
 
     def filters(self) -> dict[str, int]:

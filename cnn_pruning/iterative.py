@@ -12,12 +12,13 @@ from torch.utils.data import Dataset
 from cnn_pruning import criteria
 from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.criteria import MeanOverExamples, PerExample
-from cnn_pruning.data import batches, image_shape
+from cnn_pruning.data import batches, epoch, image_shape
 from cnn_pruning.feature_maps import by_position, check_found, on_feature_maps, with_gradient
 from cnn_pruning.measure import count_macs, count_parameters
 from cnn_pruning.passes import copy_of, integer
 from cnn_pruning.progress import progress
 from cnn_pruning.pruner import remove
+from cnn_pruning.ranks import gathered, in_parallel, make_same, seed_of_rank, summed
 from cnn_pruning.scores import Filters, Scores, normalize, select_filters, spare_filters
 from cnn_pruning.training import check_settings, check_trainable, evaluate, in_training, update
 
@@ -103,19 +104,22 @@ def prune_iteratively(
     if updates:
         check_trainable(model, train, batch_size)
 
-    stream = _endless(batches(train, batch_size, torch.Generator().manual_seed(seed)))
+    stream = _endless(train, batch_size, seed)
     sizes = _sizes(chain, shape)
     kept = {layer: list(range(count)) for layer, count in chain.filters().items()}
     with progress(sum(spare.values()), "pruning") as advance:
         while sizes[name] > target:
             chain = chain.of(copy_of(chain.model))
-            scores = _train(chain, islice(stream, updates), lr, seed, on_the_way)
+            scores = {}
+            if updates:
+                scores = _train(chain, train, islice(stream, updates), lr, seed, on_the_way)
             if on_the_way is None:
                 scores = criteria.score(chain, train, criterion, batch_size=128)
             scores = rescore(chain.model, scores)
             room = sum(spare_filters(chain.filters(), min_filters, keep).values())
             count = min(per_step, room, sizes[name] - target if name == "filters" else room)
             chosen = select_filters(scores, count, min_filters, [k for k in keep if k in scores])
+            chosen = gathered(train, chain.model, chosen)[0]  # whatever rescore does on each rank
             chain = chain.of(remove(chain, chosen))
             sizes = _sizes(chain, shape)
             removed = {layer: [kept[layer][k] for k in chosen.get(layer, [])] for layer in kept}
@@ -155,14 +159,16 @@ def _sizes(chain: Chain, image_shape: tuple[int, ...]) -> dict[str, int]:
     }
 
 
-def _endless(loader) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(train: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
     while True:
-        yield from loader
+        yield from epoch(loader, train, batch_size)
 
 
 def _train(
     chain: Chain,
-    stream: Iterator[tuple[Tensor, Tensor]],
+    train: Dataset,
+    stream: Iterator[tuple[Tensor, Tensor, float]],
     lr: float,
     seed: int,
     per_example: PerExample | None,
@@ -172,6 +178,7 @@ def _train(
     filters = chain.filters()
     mean = MeanOverExamples(per_example)
     maps: dict[str, Tensor] = {}
+    total = 0.0
 
     def keep(layer: str, z: Tensor) -> Tensor | None:
         z, after = with_gradient(layer, z)
@@ -180,21 +187,24 @@ def _train(
         return after
 
     watched = chain if per_example else replace(chain, links={})
-    with in_training(chain.model, seed), on_feature_maps(watched, keep):
-        for images, labels in stream:
-            loss = update(chain.model, optimizer, images, labels)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"The loss is {loss}: use an lr lower than {lr}.")
-            if per_example:
+    with in_training(chain.model, seed_of_rank(seed, train)), on_feature_maps(watched, keep):
+        network = in_parallel(chain.model, train)
+        for images, labels, divisor in stream:
+            total += update(network, optimizer, images, labels, divisor)
+            if per_example and divisor < math.inf:
                 check_found(chain, maps, len(images))
                 mean.add(
                     {  # the gradient of each example's own loss, not of the mean
-                        layer: by_position(_exact(z), _exact(z.grad) * len(z), filters[layer])
+                        layer: by_position(_exact(z), _exact(z.grad) * divisor, filters[layer])
                         for layer, z in maps.items()
                     }
                 )
             maps.clear()
-    return mean.scores()
+    make_same(chain.model, train)
+    loss = summed(train, chain.model, {"loss": float(total)})["loss"]
+    if not math.isfinite(loss):  # on every rank alike
+        raise FloatingPointError(f"The loss is {loss}: use an lr lower than {lr}.")
+    return mean.scores(chain.model, train)
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
 from cnn_pruning.passes import Cost, device_of, evaluation, on_device, outputs_of, summed_loss
+from cnn_pruning.ranks import summed
 from cnn_pruning.scores import Scores
 
 
@@ -49,6 +50,7 @@ def oracle(
                 for k, y in enumerate(_without_each(chain, link.consumer, x, len(change[layer]))):
                     masked = run.run(initial_env=before | {consumer: y})
                     change[layer][k] += summed_loss(masked, labels, cost).cpu().double() - base
+    change = summed(data, chain.model, change)
     return {layer: total / len(data) for layer, total in change.items()}
 
 

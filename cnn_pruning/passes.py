@@ -87,6 +87,8 @@ def outputs_of(
     except (torch.OutOfMemoryError, NoGradientError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        if isinstance(model, nn.parallel.DistributedDataParallel):  # other ranks may be the reason
+            raise
         kind = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
         weights = next((str(p.dtype) for p in model.parameters()), "").removeprefix("torch.")
         raise ValueError(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from cnn_pruning.ranks import is_first
+
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Callable[[], None]]:
@@ -14,12 +16,13 @@ def progress(total: int, label: str) -> Iterator[Callable[[], None]]:
     advances it by one.
 
     In a notebook the bar is plain HTML and ends as one line of text, so that a saved notebook
-    holds neither a dead widget nor half a bar. Elsewhere it is tqdm's, shown in terminals only.
+    holds neither a dead widget nor half a bar. Elsewhere it is tqdm's, shown in terminals only, and
+    of several ranks by the first.
     """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if not hasattr(shell, "kernel"):
-        with tqdm(total=total, desc=label, leave=False, disable=None) as bar:
+        with tqdm(total=total, desc=label, leave=False, disable=not is_first() or None) as bar:
             yield bar.update
         return
 

@@ -35,6 +35,7 @@ from cnn_pruning.alive import alone, hold, let_go, signals_interrupt, the_dead
 from cnn_pruning.measure import count_parameters
 from cnn_pruning.model import CNN
 from cnn_pruning.paths import ROOT
+from cnn_pruning.ranks import first_alone
 
 if TYPE_CHECKING:
     import mlflow
@@ -203,6 +204,7 @@ def title(settings: Mapping[str, object]) -> str:
     return f"{listed} ({time.strftime('%Y-%m-%d %H:%M:%S')})"
 
 
+@first_alone
 @contextmanager
 def run(name: str, parent: str | None = None) -> "Iterator[mlflow.ActiveRun]":
     """Start an MLflow run called ``name`` for the block.
@@ -334,9 +336,10 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) 
     return [each.info.run_id for each in found]
 
 
-# What is logged to the active run
+# What is logged to the active run; of several processes that work together, by the first
 
 
+@first_alone
 def set_stage(stage: str) -> None:
     """Name the stage of the experiment, by which ``find_runs`` finds the active run."""
     import mlflow
@@ -344,6 +347,7 @@ def set_stage(stage: str) -> None:
     mlflow.set_tag("stage", stage)
 
 
+@first_alone
 def log_settings(settings: Mapping[str, object]) -> None:
     """Log settings, by name, as parameters."""
     import mlflow
@@ -351,6 +355,7 @@ def log_settings(settings: Mapping[str, object]) -> None:
     mlflow.log_params(dict(settings))
 
 
+@first_alone
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Log numbers, by name, as metrics; ``step`` is the epoch or the removal they belong to."""
     import mlflow
@@ -358,6 +363,7 @@ def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     mlflow.log_metrics(dict(metrics), step)
 
 
+@first_alone
 def log_result(model: CNN, metrics: Mapping[str, float]) -> None:
     """Log ``metrics`` and the size of ``model`` to the active run and to the one it stands under,
     which so has the results of its newest network.
@@ -378,6 +384,7 @@ def metric(run_id: str, name: str) -> float:
     return mlflow.get_run(run_id).data.metrics.get(name, math.nan)
 
 
+@first_alone
 def log_data(data: TensorDataset, name: str) -> None:
     """Log what a data set is, not its examples: name, shapes, and a digest of the values."""
     import mlflow
@@ -385,6 +392,7 @@ def log_data(data: TensorDataset, name: str) -> None:
     mlflow.log_input(_described(data, name), context=name)
 
 
+@first_alone
 def log_dict(values: dict, path: str) -> None:
     """Log ``values`` as a JSON file."""
     import mlflow
@@ -392,6 +400,7 @@ def log_dict(values: dict, path: str) -> None:
     mlflow.log_dict(values, path)
 
 
+@first_alone
 def log_figure(figure: "Figure", path: str) -> str:
     """Log a figure as a PNG file; return where it is, a path on this machine or an address."""
     import mlflow
@@ -434,6 +443,7 @@ def keep_network(model: CNN) -> Path:
     return half.replace(path)
 
 
+@first_alone
 def log_network(model: CNN) -> None:
     """Log the summary of ``model``, its channels and weights, and the digest of their file."""
     import mlflow
@@ -486,6 +496,7 @@ def _sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@first_alone
 def log_model(model: CNN, images: Tensor) -> None:
     """Log ``model`` in MLflow's own format, which others can use without this package.
 

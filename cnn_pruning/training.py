@@ -3,14 +3,15 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from cnn_pruning.data import batches
+from cnn_pruning.data import batches, epoch
 from cnn_pruning.model import CNN
 from cnn_pruning.passes import (
     copy_of,
@@ -24,6 +25,7 @@ from cnn_pruning.passes import (
     training_flags,
 )
 from cnn_pruning.progress import progress
+from cnn_pruning.ranks import Shared, in_parallel, make_same, meeting, own, seed_of_rank, summed
 
 Row = dict[str, int | float]
 
@@ -46,7 +48,8 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[fl
             logits = outputs_of(model, images)
             loss += summed_loss(logits, labels).item()
             correct += (logits.argmax(1) == labels).sum().item()
-    return loss / len(data), correct / len(data)
+    sums = summed(data, model, {"loss": loss, "correct": correct})
+    return sums["loss"] / len(data), sums["correct"] / len(data)
 
 
 def fit(
@@ -79,31 +82,38 @@ def fit(
     ``FloatingPointError`` if the loss stops being finite.
     """
     epochs, lr, seed = check_settings(epochs, lr, seed)
+    batch_size = integer("batch_size", batch_size, 1)
     loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
     evaluate(model, val)  # raises, if it must, before the model changes
-    check_trainable(model, train, integer("batch_size", batch_size, 1))
+    check_trainable(model, train, batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=max(1, steps))
     history = []
     before = copy.deepcopy(model.state_dict())
-    with in_training(model, seed), fast_layout(model), progress(steps, "training") as advance:
+    with (
+        in_training(model, seed_of_rank(seed, train)),
+        fast_layout(model),
+        progress(steps, "training") as advance,
+    ):
         try:
-            for epoch in range(1, epochs + 1):
+            network = in_parallel(model, train)
+            for number in range(1, epochs + 1):
                 total = 0.0
-                for images, labels in loader:
-                    total += update(model, optimizer, images, labels)
+                for images, labels, divisor in epoch(loader, train, batch_size):
+                    total += update(network, optimizer, images, labels, divisor)
                     schedule.step()
                     advance()
-                train_loss = float(total) / len(train)
+                make_same(model, train)
+                train_loss = summed(train, model, {"loss": float(total)})["loss"] / len(train)
                 val_loss, val_accuracy = evaluate(model, val)
                 if not math.isfinite(train_loss + val_loss):
                     raise FloatingPointError(
                         f"The loss is {train_loss} in training and {val_loss} in validation in "
-                        f"epoch {epoch}: use a learning rate lower than {lr}, and check the data."
+                        f"epoch {number}: use a learning rate lower than {lr}, and check the data."
                     )
                 row = {
-                    "epoch": epoch,
+                    "epoch": number,
                     "train_loss": train_loss,
                     "val_loss": val_loss,
                     "val_accuracy": val_accuracy,
@@ -117,20 +127,24 @@ def fit(
     return history
 
 
-def update(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+def update(
+    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, divisor: float
+) -> Tensor:
     """Make one step of ``optimizer`` on a mini-batch; return its summed loss, a scalar.
 
-    The gradients stay until the next step. They are those of the *mean* loss.
+    The gradients stay until the next step. They are those of the *mean* loss, with the ``divisor``
+    of ``epoch``.
     """
     device = device_of(model)
     images, labels = on_device(images, device), on_device(labels, device)
     optimizer.zero_grad()
-    with mixed_precision(model):
-        logits = outputs_of(model, images)
-    loss = summed_loss(logits, labels)
-    (loss / len(labels)).backward()
+    with meeting() if isinstance(model, DistributedDataParallel) else nullcontext():
+        with mixed_precision(model):
+            logits = outputs_of(model, images)
+        loss = summed_loss(logits, labels)
+        (loss / divisor).backward()
     optimizer.step()
-    return loss.detach()
+    return loss.detach() if divisor < math.inf else torch.zeros_like(loss)
 
 
 @contextmanager
@@ -197,17 +211,20 @@ def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:
             "The network has no parameter to train: set requires_grad of those that should learn."
         )
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms and (len(train) % batch_size == 1 or batch_size == 1):
+    ranks = train.ranks if isinstance(train, Shared) else 1
+    sizes = min(batch_size, len(train)), len(train) % batch_size
+    if norms and any(0 < size < 2 * ranks for size in sizes):
         trial = copy_of(model)
         trial.train()
         with torch.random.fork_rng([]), torch.no_grad():
-            images, _ = next(iter(batches(train, 1)))
+            images, _ = next(iter(batches(own(train), 1)))
             try:
                 trial(images.to(device_of(model)))
             except ValueError as error:
                 raise ValueError(
                     f"{len(train)} images in mini-batches of {batch_size} leave one of a single "
-                    "image, on which batch norm can't train: use another batch_size."
+                    f"image{' to a rank' if ranks > 1 else ''}, on which batch norm can't train: "
+                    "use another batch_size."
                 ) from error
 
 

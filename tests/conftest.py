@@ -25,7 +25,7 @@ def _processes(request):
         multiprocessing.forkserver.ensure_running()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def processes():
     """The multiprocessing context in which processes start fast."""
     known = multiprocessing.get_all_start_methods()

@@ -1,0 +1,251 @@
+"""Several processes that work together under ``torchrun``: who reads what, and what they share.
+
+Only data that come from ``divide`` or ``pool`` are read together. With other data each process
+works alone, in a distributed program too, so that rank 0 may score or evaluate by itself.
+"""
+
+import functools
+import itertools
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from cnn_pruning.passes import first_line
+
+PATIENCE = 60  # seconds that a rank waits for the others without a word
+
+
+# What each rank reads
+
+
+class Shared(Dataset):
+    """Data that all ranks of the default process group read together: see ``divide``, ``pool``."""
+
+    def __init__(self, data: Dataset, whole: bool) -> None:
+        self.data = data
+        self.whole = whole
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.part = slice(self.rank, None, self.ranks) if whole else slice(None)
+        """Which examples of a mini-batch of ``data`` this rank takes."""
+        lengths = _of_all(len(data))
+        if whole and len(set(lengths)) > 1:
+            raise ValueError(
+                f"The ranks have data of different lengths, {lengths}: hand all of the data to "
+                "every rank, or, where each has a part of its own, use pool."
+            )
+        self.length = len(data) if whole else sum(lengths)
+
+    def __len__(self) -> int:
+        """How many examples all ranks have together."""
+        return self.length
+
+    def __getitem__(self, i: int) -> object:
+        return self.data[i]
+
+
+def divide(data: Dataset) -> Dataset:
+    """Return ``data``, which every rank has whole, for the ranks to read together.
+
+    Each rank reads its part of every mini-batch, ``batch_size`` being that of all ranks together,
+    and what is computed is what one process computes from all of ``data``, to rounding. Hand the
+    result to ``filter_scores``, ``evaluate``, ``fit``, ``prune_iteratively`` or ``group_scores``,
+    on every rank, with the same network and the same arguments. All of them return the same.
+
+    Without a process group, or in one of a single rank, ``data`` is returned as it is. The group is
+    the default one of ``torch.distributed``.
+
+    Raises ``ValueError`` if the ranks have data of different lengths.
+    """
+    return Shared(data, whole=True) if _several() else data
+
+
+def pool(part: Dataset) -> Dataset:
+    """Return ``part``, of which every rank has its own, for the ranks to read together.
+
+    As ``divide``, but the data are those of all ranks together, and each rank reads its own, in
+    mini-batches of ``batch_size``. A part may be empty. Networks can't be trained on it, because
+    a mini-batch is drawn from all of the data.
+    """
+    return Shared(part, whole=False) if _several() else part
+
+
+def own(data: Dataset) -> Dataset:
+    """Return the data as this process has them."""
+    return data.data if isinstance(data, Shared) else data
+
+
+# What the ranks share
+
+
+def gathered(data: Dataset, model: nn.Module, value: object) -> list:
+    """Return the ``value`` of every rank, in their order, or [value] if ``data`` aren't shared.
+
+    Raises ``ValueError`` if ``model`` isn't the same on every rank, and ``ConnectionError`` if
+    another rank has stopped or makes no such call.
+    """
+    if not isinstance(data, Shared):
+        return [value]
+    networks, values = zip(*_of_all((_digest(model), value)), strict=True)
+    other = next((rank for rank, found in enumerate(networks) if found != networks[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"The network of rank {other} isn't that of rank 0: give all ranks the same weights "
+            "and buffers, as torch.distributed.broadcast does."
+        )
+    return list(values)
+
+
+def summed(data: Dataset, model: nn.Module, values: dict) -> dict:
+    """Return the sum over the ranks of each of ``values``, by name. Raises as ``gathered``."""
+    sums: dict = {}
+    for found in gathered(data, model, values):
+        for name, value in found.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
+
+
+def _of_all(value: object) -> list:
+    """``value`` of each rank, in their order."""
+    values = [None] * dist.get_world_size()
+    message = (
+        f"Rank {dist.get_rank()} has waited for the other ranks for {PATIENCE} seconds: each of "
+        "them must make the same calls on shared data."
+    )
+    word = threading.Timer(PATIENCE, warnings.warn, [message])
+    word.daemon = True
+    word.start()
+    try:
+        with meeting():
+            dist.all_gather_object(values, value)
+    finally:
+        word.cancel()
+    return values
+
+
+def _digest(model: nn.Module) -> list[int]:
+    """The sum of the bytes of each parameter and buffer, the same however it is laid out."""
+    return [
+        int(value.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
+        for value in _values(model)
+    ]
+
+
+def _values(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Raise ``ConnectionError``, in one sentence, if the ranks fail to meet in this block."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"This process can't go on with the other ranks, and stops ({first_line(error)})."
+        ) from error
+
+
+# Training
+
+
+def in_parallel(model: nn.Module, data: Dataset) -> nn.Module:
+    """Return what to train: ``model`` itself, or, where ``data`` are shared, DDP around it.
+
+    All ranks start from the network of rank 0. Batch norm takes its statistics, as always in
+    DistributedDataParallel, from each rank's part of the mini-batch, and those that stay are of
+    rank 0.
+    """
+    if not isinstance(data, Shared):
+        return model
+    with meeting():  # a static graph may have parameters that aren't used
+        return DistributedDataParallel(model, static_graph=True)
+
+
+def make_same(model: nn.Module, data: Dataset) -> None:
+    """Give all ranks the weights and buffers of rank 0, if ``data`` are shared."""
+    if isinstance(data, Shared):
+        with meeting(), torch.no_grad():
+            for value in _values(model):
+                dist.broadcast(value, src=0)
+
+
+def seed_of_rank(seed: int, data: Dataset) -> int:
+    """Return ``seed`` for rank 0, and another seed drawn from it for each other rank."""
+    rank = data.rank if isinstance(data, Shared) else 0
+    drawn = torch.randint(2**63 - 1, (rank,), generator=torch.Generator().manual_seed(seed))
+    return int(drawn[-1]) if rank else seed
+
+
+# A program of several ranks
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the other processes, if ``torchrun`` started this one; return where it computes.
+
+    On GPUs, each process takes the one of its local rank. Raises ``ValueError`` if there is none.
+    """
+    if not dist.is_torchelastic_launched():
+        return device
+    if device.type == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(
+                f"Each process needs a GPU of its own, but this machine has {there}: type "
+                f"torchrun --nproc-per-node={there}."
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    with meeting():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Take leave of the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is rank 0 of its process group, or the only process."""
+    return not _several() or dist.get_rank() == 0
+
+
+def first_alone(function: Callable) -> Callable:
+    """Let rank 0 alone call ``function``; on the others it does nothing, in ``with`` too."""
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        return function(*args, **kwargs) if is_first() else nullcontext()
+
+    return called
+
+
+def say(message: str) -> None:
+    """Print ``message`` as an error, unless another rank of ``torchrun`` has said one before.
+
+    When one rank stops, it says why, and the others, which stop because of it, needn't.
+    """
+    if dist.is_torchelastic_launched():
+        try:  # torchrun's own store, which outlives the ranks
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+            if store.add(f"said {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) > 1:
+                return
+        except RuntimeError:
+            pass
+    print(message, file=sys.stderr)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

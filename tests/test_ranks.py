@@ -1,0 +1,377 @@
+"""What several processes compute together is what one process computes alone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from networks import assert_same, state_of
+from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit, ranks
+from cnn_pruning.criteria import CRITERIA
+from cnn_pruning.iterative import prune_iteratively
+from cnn_pruning.ranks import divide, pool
+
+CLASSES = 3
+
+
+class Pairs(Dataset):
+    """A dataset that is read item by item."""
+
+    def __init__(self, data):
+        self.pairs = [(image, int(label)) for image, label in data]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i]
+
+
+def dataset(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(size, 1, 6, 6, dtype=torch.float64, generator=generator)
+    return TensorDataset(images, torch.randint(CLASSES, (size,), generator=generator))
+
+
+def network(seed=0, norm=False, dropout=0.0):
+    """A chain in float64, so that rounding is far below what a fault would change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = OrderedDict(
+            first=nn.Conv2d(1, 4, 3, padding=1),
+            norm=nn.BatchNorm2d(4) if norm else nn.Identity(),
+            active=nn.ReLU(),
+            second=nn.Conv2d(4, 5, 3),
+            also_active=nn.ReLU(),
+            dropout=nn.Dropout(dropout),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(80, CLASSES),
+        )
+        return nn.Sequential(layers).double()
+
+
+class Resting(nn.Module):
+    """A network with a layer that it doesn't use."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network()
+        self.resting = network(seed=1)
+
+    def forward(self, images):
+        return self.network(images)
+
+
+def residual():
+    """A network that isn't a chain."""
+    pytest.importorskip("torch_pruning")
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(1, 4, 3, padding=1)
+            self.second = nn.Conv2d(4, 4, 3, padding=1)
+            self.linear = nn.Linear(4, CLASSES)
+
+        def forward(self, images):
+            x = self.first(images).relu()
+            return self.linear((x + self.second(x)).relu().mean((2, 3)))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Residual().double()
+
+
+TRAIN, VAL = dataset(23), dataset(10, seed=1)
+FEW = {size: dataset(size, seed=2) for size in (1, 5)}
+FIT = {"epochs": 2, "batch_size": 8, "lr": 1e-2}  # mini-batches of 8, 8 and 7
+SMALL = {"epochs": 2, "batch_size": 2, "lr": 1e-2}  # on 3 ranks, one has no part in any
+SCHEDULE = {"filters": 5, "per_step": 2, "batch_size": 8, "lr": 1e-2}
+
+
+def cost(outputs, labels):
+    return (outputs.square().sum(1) + labels).sqrt()
+
+
+def fitted(train, val, model=None, **options):
+    model = model or network()
+    history = fit(model, train, val, **options)
+    return history, dict(model.state_dict())
+
+
+def steps(train, val, model=None, **options):
+    found = list(prune_iteratively(model or network(), train, val, **SCHEDULE | options))
+    return [
+        (step.removed, step.val_loss, step.val_accuracy, dict(step.model.state_dict()))
+        for step in found
+    ]
+
+
+def group_scores(data):
+    from cnn_pruning.groups import group_scores
+
+    return group_scores(residual(), data, batch_size=4)
+
+
+def results(of):
+    """What the tests compare; ``of`` is ``divide`` for several ranks, and nothing for one."""
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # for random scores
+    model = network()
+    before = state_of(model)
+    found = {
+        "scores": {
+            (name, size): filter_scores(model, of(data), name, batch_size=4)
+            for name in CRITERIA
+            for size, data in FEW.items()
+        },
+        "items": filter_scores(model, of(Pairs(TRAIN)), batch_size=2),
+        "function": filter_scores(model, of(TRAIN), lambda z, slope: z.amax(2), batch_size=4),
+        "cost": filter_scores(model, of(TRAIN), cost=cost, batch_size=7),
+        "pruner": TaylorPruner(model).score(of(TRAIN)),
+        "groups": group_scores(of(FEW[5])),
+        "evaluate": [evaluate(model, of(data), 4) for data in (VAL, *FEW.values(), Pairs(VAL))],
+    }
+    assert_same(state_of(model), before | {"random": torch.get_rng_state()})
+    train, val = of(TRAIN), of(VAL)
+    return found | {
+        "fit": fitted(train, val, **FIT),
+        "fit items": fitted(of(Pairs(TRAIN)), VAL, **FIT),
+        "fit small": fitted(of(FEW[5]), val, **SMALL),
+        "fit resting": fitted(train, val, Resting(), **FIT),
+        "steps": steps(train, val, updates=4),
+        "steps small": steps(of(FEW[5]), val, updates=3, batch_size=2),
+        "steps, oracle": steps(train, val, updates=2, criterion="oracle_abs"),
+        "steps, no updates": steps(train, val, updates=0),
+    }
+
+
+def alone():
+    """What differs between several ranks and one, or needs several."""
+    rank, several = dist.get_rank(), dist.get_world_size()
+    part = Subset(TRAIN, range(rank, len(TRAIN), several))
+    first = FEW[5] if rank == 0 else Subset(FEW[5], [])
+    found = {
+        "pool": [
+            filter_scores(network(), pool(part), name, batch_size=2)
+            for name in CRITERIA
+            if name not in ("random", "obd")
+        ],
+        "pool, empty": filter_scores(network(), pool(first)),
+        "pool, evaluate": evaluate(network(), pool(part)),
+        "not shared": filter_scores(network(), part),
+        "norm": fitted(divide(TRAIN), divide(VAL), network(norm=True), **FIT),
+        "dropout": fitted(divide(TRAIN), divide(VAL), network(dropout=0.5), **FIT),
+        "random": steps(divide(TRAIN), divide(VAL), criterion="random", updates=2),
+        "other weights": fitted(divide(TRAIN), VAL, network(seed=rank), **FIT),
+    }
+    if rank == 0:
+        found["first alone"] = filter_scores(network(), TRAIN)
+    found["seeds"] = ranks._of_all(ranks.seed_of_rank(7, divide(TRAIN)))
+
+    def refused(function):
+        with pytest.raises((ValueError, FloatingPointError, TypeError)) as error:
+            function()
+        return str(error.value)
+
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES), nn.BatchNorm1d(CLASSES)).double()
+    broken = network()
+    before = state_of(broken)
+    found["errors"] = {
+        "lengths": refused(lambda: divide(part)) if len(TRAIN) % several else "",
+        "networks": refused(lambda: filter_scores(network(seed=rank), divide(TRAIN))),
+        "train on parts": refused(lambda: fit(network(), pool(part), VAL)),
+        "all empty": refused(lambda: filter_scores(network(), pool(Subset(TRAIN, [])))),
+        "norm": refused(lambda: fit(normed, divide(FEW[5]), VAL, batch_size=3)),
+        "loss": refused(lambda: fit(broken, divide(TRAIN), divide(VAL), lr=1e200, batch_size=8)),
+        "steps": refused(lambda: steps(divide(TRAIN), VAL, updates=5, lr=1e200)),
+    }
+    assert_same(state_of(broken) | {"random": None}, before | {"random": None})
+    return found
+
+
+def late():
+    """The last rank is late: what the others say."""
+    data = divide(TRAIN)
+    with warnings.catch_warnings(record=True) as said, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.setattr(ranks, "PATIENCE", 0.1)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            time.sleep(0.5)
+        evaluate(network(), data)
+    return [str(warning.message) for warning in said]
+
+
+def one_dies():
+    """Rank 1 dies while the ranks train: what the others raise, and what is left of the network."""
+    model = network()
+    before = state_of(model)
+
+    def die(row):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ConnectionError) as error:
+        fit(model, divide(TRAIN), divide(VAL), on_epoch=die, **FIT)
+    assert_same(state_of(model) | {"random": None}, before | {"random": None})
+    return str(error.value)
+
+
+def work(rank, several, folder):
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=several)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = results(divide), alone()
+    torch.save(found, folder / f"{rank}.pt")
+    torch.save(late(), folder / f"late-{rank}.pt")
+    torch.save(one_dies(), folder / f"death-{rank}.pt")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def folder(request, processes, tmp_path_factory):
+    """Where each of several ranks wrote what it found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started = [
+        processes.Process(target=work, args=(rank, request.param, folder))
+        for rank in range(request.param)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        process.kill()
+    expected = [-signal.SIGKILL if rank == 1 else 0 for rank in range(request.param)]
+    assert [process.exitcode for process in started] == expected
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(folder):
+    """What the ranks found: [(results, alone)]."""
+    files = sorted(folder.glob("[0-9].pt"))
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+@pytest.fixture(scope="module")
+def one():
+    return results(lambda data: data)
+
+
+def assert_close(left, right, tolerance):
+    """Equal up to ``tolerance`` in all numbers, and equal in all else."""
+    if isinstance(left, dict):
+        assert list(left) == list(right)
+        left, right = list(left.values()), list(right.values())
+    if isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_close(one, other, tolerance)
+    elif isinstance(left, torch.Tensor | float):
+        left, right = torch.as_tensor(left), torch.as_tensor(right)
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+    else:
+        assert left == right
+
+
+def test_all_ranks_have_the_same_to_the_last_bit(together):
+    (first, first_alone), *others = together
+    for found, found_alone in others:
+        assert_same(found, first)
+        for name in found_alone.keys() - {"not shared"}:
+            assert_same(found_alone[name], first_alone[name])
+
+
+# Sums of a few numbers in another order: float64 rounds them to 1e-16 of their size.
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "random"])
+@pytest.mark.parametrize("size", FEW)
+def test_the_scores_are_those_of_one_process(together, one, name, size):
+    assert_close(together[0][0]["scores"][name, size], one["scores"][name, size], 1e-12)
+
+
+@pytest.mark.parametrize("what", ["items", "function", "cost", "pruner", "groups", "evaluate"])
+def test_what_is_computed_without_training_is_that_of_one_process(together, one, what):
+    assert_close(together[0][0][what], one[what], 1e-12)
+
+
+# Adam divides by the root of the squared gradients, which makes rounding of small ones larger.
+@pytest.mark.parametrize("what", ["fit", "fit items", "fit small", "fit resting"])
+def test_training_gives_the_weights_and_losses_of_one_process(together, one, what):
+    assert_close(together[0][0][what], one[what], 1e-9)
+
+
+@pytest.mark.parametrize("what", ["steps", "steps small", "steps, oracle", "steps, no updates"])
+def test_the_schedule_removes_what_one_process_removes(together, one, what):
+    assert len(one[what]) == 2
+    assert_close(together[0][0][what], one[what], 1e-9)
+
+
+def test_parts_that_the_ranks_have_are_pooled(together):
+    found = together[0][1]
+    names = [name for name in CRITERIA if name not in ("random", "obd")]
+    expected = [filter_scores(network(), TRAIN, name) for name in names]
+    assert_close(found["pool"], expected, 1e-12)
+    assert_close(found["pool, empty"], filter_scores(network(), FEW[5]), 1e-12)
+    assert_close(found["pool, evaluate"], evaluate(network(), TRAIN), 1e-12)
+
+
+def test_what_is_not_shared_stays_of_one_rank(together):
+    for rank, (_, found) in enumerate(together):
+        part = Subset(TRAIN, range(rank, len(TRAIN), len(together)))
+        assert_same(found["not shared"], filter_scores(network(), part))
+    assert_same(together[0][1]["first alone"], filter_scores(network(), TRAIN))
+
+
+def test_training_starts_from_the_weights_of_rank_0(together, one):
+    assert_close(together[1][1]["other weights"], one["fit"], 1e-9)
+
+
+def test_every_rank_draws_its_own_dropout(together):
+    seeds = together[0][1]["seeds"]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == len(together)
+
+
+def test_what_the_ranks_can_not_do_together_is_refused_by_all(together):
+    for _, found in together:
+        errors = found["errors"]
+        assert "different lengths, [" in errors["lengths"] and "pool" in errors["lengths"]
+        assert "rank 1 isn't that of rank 0" in errors["networks"]
+        assert "divide, not pool" in errors["train on parts"]
+        assert "empty" in errors["all empty"]
+        assert "single image to a rank" in errors["norm"]
+        assert "learning rate lower" in errors["loss"] and "an lr lower" in errors["steps"]
+
+
+def test_who_waits_for_a_rank_says_so(folder):
+    *waiting, last = [torch.load(file) for file in sorted(folder.glob("late-*.pt"))]
+    assert last == []
+    for rank, said in enumerate(waiting):
+        assert len(said) == 1
+        assert f"Rank {rank} has waited for the other ranks" in said[0]
+
+
+def test_a_rank_that_dies_ends_the_training_of_the_others_with_their_weights_restored(folder):
+    files = sorted(folder.glob("death-*.pt"))
+    assert files[0].name == "death-0.pt" and "death-1.pt" not in {file.name for file in files}
+    for file in files:
+        said = torch.load(file)
+        assert said.startswith("This process can't go on with the other ranks")
+        assert "\n" not in said
+
+
+def test_one_process_has_nothing_to_share():
+    assert divide(TRAIN) is TRAIN
+    assert pool(TRAIN) is TRAIN
