@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from cnn_pruning import operations
 from cnn_pruning.operations import Kind
-from cnn_pruning.tracing import check_network, hooked, trace
+from cnn_pruning.tracing import check_network, hooked, layers_that_share, trace
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_chain(model: nn.Module | Chain) -> Chain:
         in_training = _Reading(model, trace(model, training=True), training=True)
     except TypeError as error:
         raise TypeError(f"In training, {error}") from error
-    if in_training.way != reading.way:
+    if (in_training.way, in_training.links) != (reading.way, reading.links):
         raise TypeError(
             f"{type(model).__name__} computes something else in training than in evaluation: only "
             "dropout and batch norm may differ (write nn.Dropout, or training=self.training)."
@@ -78,11 +78,12 @@ def read_chain(model: nn.Module | Chain) -> Chain:
 
 
 class _Reading:
-    """One walk over a graph: ``links`` as found, and ``way``, all that was read, to compare.
+    """One walk over a graph: ``links`` as found, and ``way``, all but dropouts, to compare.
 
-    ``at`` is where the way from the last convolution has got to; ``passed`` is all of the way that
-    lies behind, which nothing else may use. ``same_batch`` are the tensors before the first
-    convolution whose first axis is that of its input.
+    ``at`` is where the way from the last convolution has got to, with how many ``axes``, and
+    whether its maps are ``points``; ``passed`` is all of the way that lies behind, which nothing
+    else may use. ``same_batch`` are the tensors before the first convolution whose first axis is
+    that of its input.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, training: bool) -> None:
@@ -136,6 +137,8 @@ class _Reading:
         self._check_hooks(node, conv)
         if conv.groups != 1:
             raise self._not_a_chain(node, f"is a grouped convolution (groups={conv.groups})")
+        if on_the_way and self.axes < 4:
+            raise self._not_a_chain(node, "takes other than feature maps of two axes")
         if on_the_way:
             self._consume(node, conv.in_channels)
         elif self.at is not None:
@@ -144,13 +147,15 @@ class _Reading:
             self.same_batch = set()
         self.links[node.target] = Link(node.target, (), 0, "")
         self.way.append(("conv", node.target))
-        self.at, self.steps, self.flat = node, 0, False
+        self.at, self.steps, self.axes, self.points = node, 0, 4, False
 
     def _read_follower(self, node: fx.Node, layer: nn.Module | None) -> None:
+        same_batch = self.same_batch | self.passed | {self.at}
         kind = operations.kind_of(
-            node, layer, self.at, self.shapes, self.same_batch | self.passed | {self.at}
+            node, layer, self.at, self.shapes, same_batch, self.axes, self.points
         )
-        if self.flat and kind is Kind.PASSIVE and not operations.keeps_size(node, layer):
+        keeps_size = operations.keeps_size(node, layer)
+        if self.axes < 4 and kind is Kind.PASSIVE and not keeps_size:
             kind = "changes the size of a row"
         if isinstance(kind, str):
             self._doubt(node, layer, kind)
@@ -159,7 +164,7 @@ class _Reading:
         elif kind is Kind.LINEAR:
             self._check_weights(node, layer)
             self._check_hooks(node, layer)
-            if not self.flat:
+            if self.axes > 2:
                 raise self._not_a_chain(
                     node, "is a Linear without a Flatten before it (write nn.Flatten())"
                 )
@@ -173,9 +178,13 @@ class _Reading:
         self._check_hooks(node, layer)
         self.passed.add(self.at)
         self.at = node
-        self.way.append((node.op, node.target))
+        if not operations.is_dropout(node, layer):
+            self.way.append((node.op, node.target))
         self.steps += kind is not Kind.NOTHING
-        self.flat = self.flat or kind is Kind.FLATTEN
+        if kind is Kind.PASSIVE and not keeps_size:
+            self.points = operations.makes_points(node, layer)
+        if kind in (Kind.FLATTEN, Kind.FEWER_AXES):
+            self.axes = 2 if kind is Kind.FLATTEN else 3
         if kind in (Kind.NORM, Kind.ACTIVATION):
             self._change(steps=self.steps)
 
@@ -212,7 +221,7 @@ class _Reading:
 
     def _check_size(self, node: fx.Node, size: int) -> None:
         filters = self.model.get_submodule(self._link.conv).out_channels
-        if size != filters and not (self.flat and size % filters == 0):
+        if size != filters and not (self.axes == 2 and size % filters == 0):
             raise self._not_a_chain(
                 node, f"takes {size} values for the {filters} filters of {self._link.conv}"
             )
@@ -229,11 +238,14 @@ class _Reading:
         """What loses values must not be used anywhere else, on the way or off it."""
         cut = {name for link in self.links.values() for name in (link.conv, *link.norms)}
         cut |= {link.consumer for link in self.links.values() if link.consumer}
+        shared = layers_that_share(self.model)
         used: set[str] = set()
         for node in self.graph.nodes:
             if node.op == "call_module" and node.target in cut:
                 if node.target in used:
                     raise self._not_a_chain(node, "is used twice")
+                if self._layer(node) in shared:
+                    raise self._not_a_chain(node, "shares a weight with another layer")
                 used.add(node.target)
             elif node.op == "get_attr" and node.target.rpartition(".")[0] in cut:
                 if all(user.args[1:] in (("device",), ("dtype",)) for user in node.users):

@@ -36,13 +36,14 @@ from cnn_pruning.passes import (
 from cnn_pruning.pruner import checked_filters
 from cnn_pruning.ranks import own, summed
 from cnn_pruning.scores import Filters, Scores, spare_filters
-from cnn_pruning.tracing import check_network
+from cnn_pruning.tracing import check_network, layers_that_share
 
 _CONV = nn.modules.conv._ConvNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _APART = _CONV | nn.Linear | _BATCH_NORM | nn.modules.instancenorm._InstanceNorm | nn.PReLU
 _PASSIVE = [call for call, kind in operations.CALLS.items() if kind is operations.Kind.PASSIVE]
 _PASSIVE += [pad, *operations.FLATTENS, *operations.RESHAPES, *operations.MEANS]
+_PASSIVE += operations.SQUEEZES
 _PASSIVE_NAMES = {getattr(call, "__name__", call) for call in _PASSIVE}
 
 
@@ -332,6 +333,7 @@ def _group(name: str, found, graph, traced: nn.Module, maps: dict) -> _Group:
     names = {layer: layer_name for layer_name, layer in traced.named_modules()}
     names |= {parameter: its_name for its_name, parameter in traced.named_parameters()}
     nodes = [item.dep.target for item in found]
+    shared = layers_that_share(traced)
     shares = [node.module.groups for node in nodes if node.type == library.ops.OPTYPE.CONV]
     group = _Group(len(found[0].idxs) // math.lcm(*shares), [], {})
     counted = set()
@@ -352,6 +354,8 @@ def _group(name: str, found, graph, traced: nn.Module, maps: dict) -> _Group:
         elif not isinstance(node.module, _APART):
             kind = type(node.module).__name__
             group.refusal = f"{layer} is a {kind}, which uses several channels at once"
+        elif node.module in shared:
+            group.refusal = f"{layer} shares a weight with another layer"
         elif "weight" not in node.module._parameters:
             group.refusal = f"{layer} has a weight that is computed from others"
         elif isinstance(node.module, _BATCH_NORM) and not node.module.track_running_stats:

@@ -15,6 +15,8 @@ class Kind(Enum):
     """It isn't computed at all."""
     PASSIVE = auto()
     """It keeps channels apart, and a map of zeros a map of zeros."""
+    FEWER_AXES = auto()
+    """As passive, and it takes an axis of the maps away, but not the last one."""
     ACTIVATION = auto()
     """It works on each value alone."""
     NORM = auto()
@@ -67,6 +69,7 @@ CALLS: dict[object, Kind] = {  # functions by themselves, methods by their names
 FLATTENS = (torch.flatten, "flatten")
 RESHAPES = (torch.reshape, "reshape", "view")
 MEANS = (torch.mean, torch.amax, "mean", "amax")
+SQUEEZES = (torch.squeeze, "squeeze")
 DROPOUTS = (
     F.dropout,
     F.dropout1d,
@@ -78,7 +81,7 @@ DROPOUTS = (
 CASTS = ("to", "float", "double", "half", "bfloat16", "type")
 ENDS = (
     *(nn.LogSoftmax, nn.Softmax, F.log_softmax, F.softmax, torch.log_softmax, torch.softmax),
-    *("log_softmax", "softmax", "squeeze", torch.squeeze, operator.getitem),
+    *("log_softmax", "softmax", *SQUEEZES, operator.getitem),
 )
 
 
@@ -145,9 +148,26 @@ def keeps_batch(
     return node.target in CALLS or node.target in (F.pad, *CASTS)
 
 
+def is_dropout(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Whether ``node`` does nothing in evaluation."""
+    return name_of(node, layer).lower().startswith("dropout")
+
+
 def keeps_size(node: fx.Node, layer: nn.Module | None) -> bool:
-    """Whether ``node`` keeps the size of a row that a Flatten made."""
-    return name_of(node, layer).lower().startswith(("dropout", "clone", "contiguous"))
+    """Whether ``node`` keeps the size of a row that a Flatten made, or of maps of one axis."""
+    return is_dropout(node, layer) or node.target in ("clone", "contiguous", torch.clone)
+
+
+def makes_points(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Whether ``node`` pools each map to one value, and keeps both axes."""
+    if layer is not None:
+        pools = isinstance(layer, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d)
+        return pools and layer.output_size in (1, (1, 1), [1, 1])
+    if node.target in MEANS:
+        return True
+    size = node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
+    pools = node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
+    return pools and size in (1, (1, 1), [1, 1])
 
 
 def can_end(node: fx.Node, layer: nn.Module | None) -> bool:
@@ -156,23 +176,37 @@ def can_end(node: fx.Node, layer: nn.Module | None) -> bool:
 
 
 def kind_of(
-    node: fx.Node, layer: nn.Module | None, maps: fx.Node, shapes: Shapes, same_batch: set[fx.Node]
+    node: fx.Node,
+    layer: nn.Module | None,
+    maps: fx.Node,
+    shapes: Shapes,
+    same_batch: set[fx.Node],
+    axes: int,
+    points: bool,
 ) -> Kind | str:
     """Return what ``node`` does to ``maps``, or, where no rule is known, why it can't be read.
 
     ``same_batch`` are the tensors whose first axis holds the examples as that of ``maps`` does.
+    ``maps`` have 4, 3 or 2 ``axes``, (N, K, ...); those behind K have size 1 if they are ``points``.
     """
     others = [other for other in node.all_input_nodes if other is not maps]
     if [other for other in others if other not in shapes]:
         return "takes the outputs of two layers"
     if layer is not None:
-        return _kind_of_module(layer)
+        return _kind_of_module(layer, axes)
     if node.target in FLATTENS:
-        return _flattens(node)
+        given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+        return _flattens(given.get("start_dim", 0), given.get("end_dim", -1), axes) or (
+            "keeps other than the examples apart (write torch.flatten(x, 1), or nn.Flatten())"
+        )
     if node.target in RESHAPES:
         return _reshapes(node, shapes, same_batch)
     if node.target in MEANS:
-        return _averages(node)
+        return _averages(node, axes)
+    if node.target in SQUEEZES and points and (len(node.args) > 1 or node.kwargs):
+        return _without(node.kwargs.get("dim", node.args[-1]), axes) or "squeezes other axes"
+    if node.target is operator.getitem and _picks_a_position(node.args[1], axes):
+        return Kind.FLATTEN
     if node.target is F.pad:
         return _pads(node)
     kind = CALLS.get(node.target)
@@ -181,19 +215,44 @@ def kind_of(
     return kind or "is an operation that no rule is known for"
 
 
-def _kind_of_module(layer: nn.Module) -> Kind | str:
+def _kind_of_module(layer: nn.Module, axes: int) -> Kind | str:
     if type(layer) is nn.PReLU and layer.num_parameters != 1:
         return "is a PReLU with a slope for each channel"
-    if type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) not in ((1, -1), (1, 3)):
-        return f"is a {layer}, which keeps more than the examples apart"
+    if type(layer) is nn.Flatten:
+        return _flattens(layer.start_dim, layer.end_dim, axes) or (
+            f"is a {layer}, which keeps more than the examples apart"
+        )
     return MODULES.get(type(layer), f"is a {type(layer).__name__}, which no rule is known for")
 
 
-def _flattens(node: fx.Node) -> Kind | str:
-    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
-    if given.get("start_dim") == 1 and given.get("end_dim", -1) in (-1, 3):
-        return Kind.FLATTEN
-    return "keeps other than the examples apart (write torch.flatten(x, 1), or nn.Flatten())"
+def _flattens(start: object, end: object, axes: int) -> Kind | None:
+    if type(start) is not int or type(end) is not int or end % axes != axes - 1:
+        return None
+    return {1: Kind.FLATTEN, 2: Kind.FEWER_AXES}.get(start % axes)
+
+
+def _without(places: object, axes: int) -> Kind | None:
+    """What it means to take the axes ``places`` of ``axes`` away, if they are those of the maps."""
+    places = places if isinstance(places, tuple | list) else (places,)
+    if not places or not all(type(place) is int for place in places):
+        return None
+    gone = {place % axes for place in places}
+    if not gone <= {2, 3}:
+        return None
+    return Kind.FLATTEN if len(gone) == axes - 2 else Kind.FEWER_AXES
+
+
+def _picks_a_position(places: object, axes: int) -> bool:
+    """Whether ``x[places]`` is one position of each map."""
+    places = list(places) if isinstance(places, tuple | list) else [places]
+    if places[:1] == [...]:
+        places[:1] = [slice(None)] * (axes - len(places) + 1)
+    maps, position = places[:2], places[2:]
+    return (
+        maps == [slice(None)] * 2
+        and len(position) == axes - 2
+        and all(type(place) is int for place in position)
+    )
 
 
 def _reshapes(node: fx.Node, shapes: Shapes, same_batch: set[fx.Node]) -> Kind | str:
@@ -219,14 +278,14 @@ def _pads(node: fx.Node) -> Kind | str:
     return "pads with other than zeros, or other axes than those of the feature maps"
 
 
-def _averages(node: fx.Node) -> Kind | str:
+def _averages(node: fx.Node, axes: int) -> Kind | str:
     given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
-    places = given.get("dim", given.get("axis"))
-    if not isinstance(places, tuple | list) or not all(type(place) is int for place in places):
-        places = ()
-    if {place % 4 for place in places} == {2, 3}:
-        return Kind.PASSIVE if given.get("keepdim", False) else Kind.FLATTEN
-    return "averages over other than both axes of the feature maps (write nn.AdaptiveAvgPool2d(1))"
+    kind = _without(given.get("dim", given.get("axis")), axes)
+    if kind and given.get("keepdim", False):
+        kind = Kind.PASSIVE if kind is Kind.FLATTEN else None  # both axes, and both stay
+    return kind or (
+        "averages over other than the axes of the feature maps (write nn.AdaptiveAvgPool2d(1))"
+    )
 
 
 def is_convolution(node: fx.Node, layer: nn.Module | None) -> bool:

@@ -1,5 +1,7 @@
 """The truth that the criteria estimate: what removing each filter does to the loss."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
@@ -37,10 +39,12 @@ def oracle(
     run = fx.Interpreter(chain.model, garbage_collect_values=False, graph=chain.graph)
     nodes = list(chain.graph.nodes)
     places = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
+    constants = {node: node.meta["constant"] for node in nodes if "constant" in node.meta}
     with evaluation(chain.model):
         for images, labels in batches(data, batch_size):
             images, labels = on_device(images, device), on_device(labels, device)
-            outputs = outputs_of(chain.model, images, run.run)
+            start = partial(run.run, initial_env=dict(constants))
+            outputs = outputs_of(chain.model, images, start)
             base = summed_loss(outputs, labels, cost).cpu().double()
             values = run.env
             for layer, link in chain.links.items():
@@ -48,7 +52,7 @@ def oracle(
                 consumer = nodes[places[link.consumer]]
                 x = values[consumer.all_input_nodes[0]]
                 for k, y in enumerate(_without_each(chain, link.consumer, x, len(change[layer]))):
-                    masked = run.run(initial_env=before | {consumer: y})
+                    masked = run.run(initial_env=constants | before | {consumer: y})
                     change[layer][k] += summed_loss(masked, labels, cost).cpu().double() - base
     change = summed(data, chain.model, change)
     return {layer: total / len(data) for layer, total in change.items()}

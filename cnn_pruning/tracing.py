@@ -1,18 +1,23 @@
 """The graph of a network, traced from a copy, so that the network stays as it is."""
 
+import builtins
 import dis
 import inspect
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
+from torch.optim.swa_utils import AveragedModel
 
 from cnn_pruning.passes import copy_of
 
 BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def hooked(layer: nn.Module, kinds: tuple[str, ...] = HOOKS) -> bool:
@@ -31,7 +36,7 @@ def check_network(model: nn.Module) -> None:
         where, inside = (name, f"{name}.") if name else ("The model", "model.")
         kind = type(layer).__name__
         instead = "hand in" if not name else "put in its place"
-        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(layer, WRAPPERS):
             raise TypeError(f"{where} is a {kind}: {instead} the network inside, {inside}module.")
         if hasattr(layer, "_orig_mod"):
             raise TypeError(
@@ -57,21 +62,32 @@ def check_network(model: nn.Module) -> None:
             )
 
 
+def layers_that_share(model: nn.Module) -> set[nn.Module]:
+    """Return the layers of ``model`` that have a parameter or a buffer in common with others."""
+    owners: dict[Tensor, list[nn.Module]] = {}
+    for layer in model.modules():
+        for value in (*layer._parameters.values(), *layer._buffers.values()):
+            if value is not None:
+                owners.setdefault(value, []).append(layer)
+    return {layer for layers in owners.values() if len(layers) > 1 for layer in layers}
+
+
 def trace(model: nn.Module, training: bool) -> fx.Graph:
     """Return the graph of ``model``, as it computes in training or in evaluation.
 
     Optional arguments of ``forward`` take their defaults, and what it asserts is taken to hold.
+    A tensor that ``forward`` makes of numbers is the ``meta["constant"]`` of its node.
     Raises ``TypeError`` where ``forward`` depends on values that it computes.
     """
     copied = copy_of(model, share_parameters=True)
     copied.train(training)
     parameters = list(inspect.signature(type(model).forward).parameters.values())[2:]
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     numbers = random.getstate()
     try:
-        with torch.random.fork_rng([]), torch.no_grad(), warnings.catch_warnings():
+        with torch.random.fork_rng([]), torch.no_grad(), warnings.catch_warnings(), _symbolic_len():
             warnings.simplefilter("ignore")  # of arguments that take their defaults
-            return _Tracer(autowrap_modules=()).trace(copied, defaults or None)
+            graph = _Tracer(autowrap_modules=()).trace(copied, defaults or None)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} can't be read as a chain of layers ({error}): its forward may "
@@ -80,10 +96,33 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
         ) from error
     finally:
         random.setstate(numbers)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in vars(copied).keys() - vars(model).keys():
+            node.meta["constant"] = getattr(copied, node.target)
+    return graph
+
+
+@contextmanager
+def _symbolic_len() -> Iterator[None]:
+    """``len`` of what is traced is its size, as PyTorch has it; of all else, what it always is."""
+    length = builtins.len
+    builtins.len = lambda x: x.size(0) if isinstance(x, fx.Proxy) else length(x)
+    try:
+        yield
+    finally:
+        builtins.len = length
 
 
 class _Tracer(fx.Tracer):
     """fx's tracer, for which checks hold: an ``assert``, or an ``if`` that would raise."""
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args):  # nothing is given by **kwargs and *args
+            if isinstance(arg, fx.Proxy) and arg.node.target.startswith("*"):
+                args[i] = {} if arg.node.target.startswith("**") else ()
+                self.graph.erase_node(arg.node)
+        return function, args
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         frame = inspect.currentframe().f_back.f_back  # behind Proxy.__bool__

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from cnn_pruning import (
     TaylorPruner,
     chain,
+    evaluate,
     filter_scores,
     fit,
     mask_filters,
@@ -25,6 +26,7 @@ from cnn_pruning import (
 from cnn_pruning.chain import read_chain
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.operations import Kind
+from cnn_pruning.oracle import oracle
 
 
 def data(size=4, shape=(1, 8, 8), classes=3):
@@ -51,7 +53,12 @@ class Net(nn.Module):
 def check_exact(model, images):
     """Each layer's first filter scored, masked and removed; masked = removed; trained again."""
     labels = torch.arange(len(images)) % 3
-    scores = filter_scores(model, TensorDataset(images, labels))
+    some = TensorDataset(images, labels)
+    scores = filter_scores(model, some)
+    base, _ = evaluate(model, some)
+    for layer, changes in oracle(model, some).items():
+        with mask_filters(model, {layer: [0]}):  # float32, and other sums
+            assert changes[0] == pytest.approx(evaluate(model, some)[0] - base, abs=1e-5)
     gone = {layer: [0] for layer in scores}
     model.eval()
     with torch.no_grad(), mask_filters(model, gone):
@@ -64,6 +71,14 @@ def check_exact(model, images):
 
 def flatten(x):
     return torch.flatten(x, 1)
+
+
+def maps(m, x):
+    return m.second(F.relu(m.first(x)))
+
+
+def points(m, x):
+    return F.adaptive_avg_pool2d(maps(m, x), 1)
 
 
 WAYS = {
@@ -111,6 +126,26 @@ WAYS = {
         256,
     ),
     "padding": (lambda m, x: m.head(flatten(m.second(F.pad(m.first(x), (1, 1, 1, 1))))), 400),
+    "view of len": (lambda m, x: m.head((z := maps(m, x)).view(len(z), -1)), 256),
+    "squeezed": (lambda m, x: m.head(points(m, x).squeeze(-1).squeeze(-1)), 4),
+    "squeezed by a function": (
+        lambda m, x: m.head(torch.squeeze(maps(m, x).mean((2, 3), True).relu(), dim=(2, 3))),
+        4,
+    ),
+    "the one position": (lambda m, x: m.head(points(m, x)[:, :, 0, 0]), 4),
+    "one position of many": (lambda m, x: m.head(maps(m, x)[..., 2, -1].sigmoid()), 4),
+    "mean over one axis after the other": (lambda m, x: m.head(maps(m, x).mean(3).mean(2)), 4),
+    "mean of a row": (lambda m, x: m.head(maps(m, x).flatten(2).tanh().mean(-1)), 4),
+    "rows of means": (lambda m, x: m.head(maps(m, x).mean(dim=2).flatten(1)), 32),
+    "flattened from behind": (lambda m, x: m.head(maps(m, x).flatten(-3)), 256),
+    "numbers as tensors": (
+        lambda m, x: m.head(flatten(maps(m, x - torch.tensor(0.5)))) * torch.tensor(2.0),
+        256,
+    ),
+    "dropout in training only": (
+        lambda m, x: (lambda z: m.head(flatten(F.dropout(z) if m.training else z)))(maps(m, x)),
+        256,
+    ),
     "a tail that is no chain": (
         lambda m, x: (y := m.head(flatten(m.second(m.first(x))))) + y.tanh(),
         256,
@@ -140,6 +175,17 @@ class ReadsTwoArguments(Net):
 
 def test_optional_arguments_take_their_defaults():
     assert check_exact(ReadsTwoArguments(None), data().tensors[0]) == ["first", "second"]
+
+
+class ReadsAnything(Net):
+    def forward(self, x, *more, scale=1.0, **options):
+        if more or options.get("features"):
+            raise ValueError("only images")
+        return self.head(flatten(self.second(self.first(scale * x, **options))))
+
+
+def test_nothing_is_given_by_star_arguments():
+    assert check_exact(ReadsAnything(None), data().tensors[0]) == ["first", "second"]
 
 
 def test_an_assert_is_not_in_the_way():
@@ -238,12 +284,14 @@ class Auxiliary(Net):
         return y + z.mean() if self.training else y
 
 
-class DropsInTraining(Net):
+class DropsBeforeAnActivation(Net):
+    """In training, the feature map is one operation further on."""
+
     def forward(self, x):
         z = self.second(F.relu(self.first(x)))
         if self.training:
             z = F.dropout(z)
-        return self.head(flatten(z))
+        return self.head(flatten(F.relu(z)))
 
 
 REFUSED = {
@@ -255,7 +303,14 @@ REFUSED = {
     ),
     "everything": (lambda m, x: m.head(torch.flatten(m.second(m.first(x)))), "flatten"),
     "mean over channels": (lambda m, x: m.head(m.second(m.first(x)).mean(1)), "AdaptiveAvgPool2d"),
-    "computed shapes": (lambda m, x: m.head(m.second(m.first(x)).view(len(x), -1)), "flatten"),
+    "computed shapes": (lambda m, x: m.head(maps(m, x).view(int(x.size(0)), -1)), "flatten"),
+    "squeezed maps": (lambda m, x: m.head(maps(m, x).squeeze(-1).squeeze(-1)), "^squeeze"),
+    "squeezed batches": (lambda m, x: m.head(points(m, x).squeeze()), "^squeeze"),
+    "one channel": (lambda m, x: m.head(maps(m, x)[:, 0]), "^getitem"),
+    "one row": (lambda m, x: m.head(maps(m, x)[:, :, 0]), "^getitem"),
+    "mean over one axis": (lambda m, x: m.head(maps(m, x).mean(3)), "^head is a Linear without"),
+    "pooled rows": (lambda m, x: m.head(F.max_pool2d(maps(m, x).mean(3), 1).mean(2)), "size of a"),
+    "convolved rows": (lambda m, x: m.second(m.first(x).mean(3)), "second takes other than"),
     "divided by the channels": (
         lambda m, x: m.head(flatten(m.second((z := m.first(x)) / z.size(1)))),
         "^truediv computes with the shape",
@@ -304,7 +359,7 @@ def test_what_cannot_be_read_is_refused_with_what_to_write(way):
     assert_same(state_of(model), before)
 
 
-@pytest.mark.parametrize("kind", [Auxiliary, DropsInTraining])
+@pytest.mark.parametrize("kind", [Auxiliary, DropsBeforeAnActivation])
 def test_another_way_in_training_is_refused(kind):
     for use in uses(kind(None), data()):
         with pytest.raises(TypeError, match=r"[Ii]n training"):
@@ -321,6 +376,7 @@ def test_another_way_in_training_is_refused(kind):
         (nn.Linear(4, 3), "no Conv2d"),
         (nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(3)), "^0 is a LazyConv2d"),
         (nn.DataParallel(Net(WAYS["functions"][0])), r"model\.module"),
+        (torch.optim.swa_utils.AveragedModel(Net(None)), r"AveragedModel: hand in .*model\.module"),
         (torch.compile(Net(WAYS["functions"][0])), r"model\._orig_mod"),
         ("resnet18", "nn.Module"),
         ({"first": 1}, "nn.Module"),
@@ -605,6 +661,22 @@ def test_batch_statistics_anywhere_are_refused():
     model.norm = nn.BatchNorm1d(3, track_running_stats=False)
     with pytest.raises(TypeError, match="norm is a batch norm without running statistics"):
         filter_scores(model, data())
+
+
+def test_layers_that_share_a_weight_are_refused():
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        *(nn.Flatten(), nn.Linear(16, 3)),
+    )
+    model[4].weight = model[2].weight
+    for use in (
+        lambda: filter_scores(model, data()),
+        lambda: remove_filters(model, {"0": [0]}),
+    ):
+        with pytest.raises(TypeError, match=r"^[24] shares a weight with another layer"):
+            use()
+    model[4].weight = nn.Parameter(model[2].weight.detach().clone())
+    check_exact(model, data().tensors[0])
 
 
 def test_wrappers_inside_a_network_are_refused_by_name():
