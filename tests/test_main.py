@@ -1,7 +1,9 @@
+import errno
 import io
 import os
 import signal
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -97,6 +99,13 @@ def test_the_table_has_each_network_and_the_test_set_for_the_final_ones_only(fin
     assert rows["pruned"][-1] == f"{found['prune'].data.metrics['val_accuracy']:.2%}"
 
 
+def test_it_says_where_its_picture_is(finished, store):
+    printed, found = finished
+    place = printed.partition("scores of all filters: ")[2].splitlines()[0]
+    assert Path(place).read_bytes().startswith(b"\x89PNG")
+    assert found["prune"].info.run_id in place
+
+
 def test_the_last_line_says_which_run_it_was_and_where(finished, shared):
     printed, found = finished
     last = printed.splitlines()[-1]
@@ -119,6 +128,11 @@ def test_one_run_with_a_finished_child_for_each_step(finished):
     assert list(found) == ["parent", "train", "prune", "fine-tune"]
     parent = found["parent"]
     assert parent.data.params["remove"] == "2"
+    assert "remove 2" in parent.info.run_name and "seed 3" in parent.info.run_name
+    final = found["fine-tune"].data.metrics
+    columns = {"filters", "parameters", "test_loss", "test_accuracy"}
+    assert parent.data.metrics == {name: final[name] for name in columns}
+    assert final["filters"] == 3 and found["train"].data.metrics["parameters"] == 23_607
     for name, run in found.items():
         assert run.info.status == "FINISHED"
         under = None if run is parent else parent.info.run_id
@@ -274,6 +288,16 @@ def test_a_signal_ends_the_program_with_the_status_that_shells_expect(
     assert program.main(arguments()) == 128 + number
     printed = capsys.readouterr().err
     assert "Interrupted" in printed and printed.count("\n") == 1
+
+
+def test_what_mlflow_cannot_record_ends_the_program_in_one_line(store, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracking, "log_dict", full)
+    assert program.main(arguments(epochs="1")) == 1
+    printed = capsys.readouterr().err
+    assert "'prune'" in printed and "No space left" in printed and printed.count("\n") == 1
 
 
 # Bad values

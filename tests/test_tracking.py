@@ -157,6 +157,34 @@ def test_no_database_is_left_that_was_not_finished(tmp_path, tmp_path_factory, m
     assert (tmp_path / "mlflow.db").is_file()
 
 
+def test_a_store_elsewhere_leaves_a_checkout_alone_that_nobody_may_write(
+    tmp_path, tmp_path_factory
+):
+    (tmp_path / "file").touch()
+    checkout = tmp_path / "file" / "checkout"  # nobody can make anything in it, not even root
+    with place(checkout, new_store(tmp_path, tmp_path_factory), cwd=tmp_path):
+        tracking.connect()
+        with tracking.run("elsewhere") as active:
+            tracking.log_network(network())
+        assert status(active.info.run_id) == "FINISHED"
+    assert {path.name for path in tmp_path.iterdir()} >= {"mlflow.db", "mlflow.db.running"}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_database_of_the_users_own_is_made_whole_or_not_at_all_too(tmp_path, monkeypatch, error):
+    made = []
+
+    def stop(path, files):
+        made.append(path)
+        raise error
+
+    monkeypatch.setattr(tracking, "_make_database", stop)
+    with place(tmp_path, f"sqlite:///{tmp_path.as_posix()}/own.db"):
+        with pytest.raises((KeyboardInterrupt, ValueError)):
+            tracking.connect()
+    assert made == [tmp_path / "own.db"] and not made[0].exists()
+
+
 # Where they can be seen
 
 
