@@ -7,10 +7,12 @@ a dead one, and two that live never take each other for dead.
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from cnn_pruning.paths import locked_folder
 
 
 @contextmanager
@@ -37,9 +39,9 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def alone(folder: Path) -> FileLock:
-    """Return the lock under which one process at a time changes what ``folder`` stands for."""
-    return FileLock(folder / "all.lock")
+def alone(folder: Path) -> AbstractContextManager[None]:
+    """Only one process at a time is in this block and looks at who in ``folder`` is alive."""
+    return locked_folder(folder, "all.lock")
 
 
 def hold(folder: Path, name: str) -> FileLock:

@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -24,7 +23,7 @@ from torch.utils.data import (
 from torchvision.datasets import FashionMNIST
 
 from cnn_pruning.passes import integer
-from cnn_pruning.paths import ROOT
+from cnn_pruning.paths import ROOT, locked_folder
 from cnn_pruning.ranks import Shared, own
 
 CLASSES = tuple(FashionMNIST.classes)
@@ -210,8 +209,7 @@ def _md5(path: Path) -> str | None:
 def _extract(root: Path) -> None:
     raw = root / "FashionMNIST" / "raw"
     try:
-        raw.mkdir(parents=True, exist_ok=True)
-        with FileLock(raw / ".lock"):
+        with locked_folder(raw, ".lock"):
             damaged = _damaged(root, _EXTRACTED_MD5)
             if not damaged:  # another process was here first
                 return
@@ -233,5 +231,5 @@ def _extract(root: Path) -> None:
     except OSError as error:
         raise OSError(
             f"FashionMNIST could not be extracted in {raw} ({error}): make that folder writable, "
-            "or name another one with fashion_mnist(root=...)."
+            "with 60 MB of room, or name another one with fashion_mnist(root=...)."
         ) from error

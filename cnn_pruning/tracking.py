@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,7 +142,6 @@ def connect() -> str:
         os.environ.setdefault(name, value)
     mlflow.set_tracking_uri(uri)
     path, folder = _sqlite_path(uri), _folder_of_this_machine(uri)
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         if path and path.is_dir():  # MLflow would try again for minutes
             raise IsADirectoryError("that is a folder")
@@ -157,11 +156,6 @@ def connect() -> str:
                 _mark_as_killed(run_id)
         return experiment
     except Exception as error:  # of MLflow, of its database, of the file system
-        with suppress(OSError):  # leave nothing new behind
-            if new:
-                Path(alone(folder).lock_file).unlink(missing_ok=True)
-            for each in new:
-                each.rmdir()
         place = str(path) if uri == default else f"MLFLOW_TRACKING_URI={uri}"
         raise ValueError(f"MLflow can't keep its runs at {place} ({_reason(error)}).") from error
 
@@ -428,6 +422,7 @@ def _lies_in(active: "mlflow.ActiveRun") -> str:
     return f", but its network lies in {_kept(active)}" if _kept(active).exists() else ""
 
 
+@first_alone
 def keep_network(model: CNN) -> Path:
     """Write ``model`` to this machine's disk, whole or not at all, and return where.
 
@@ -438,9 +433,12 @@ def keep_network(model: CNN) -> Path:
     path = _kept(mlflow.active_run())
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name("half")
-    with half.open("wb") as file:
-        torch.save({"channels": model.channels, "state_dict": model.state_dict()}, file)
-    return half.replace(path)
+    try:
+        with half.open("wb") as file:
+            torch.save({"channels": model.channels, "state_dict": model.state_dict()}, file)
+        return half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 @first_alone

@@ -1,3 +1,5 @@
+import copy
+
 import mlflow
 import pytest
 import torch
@@ -7,6 +9,8 @@ from stores import (
     assert_equal_networks,
     dataset,
     network,
+    no_figures,
+    place,
     runs,
     status,
 )
@@ -145,21 +149,109 @@ def test_the_same_seed_trains_the_same_baseline(store):
     assert_equal_networks(again, model)
 
 
-@pytest.mark.parametrize("damage", ["deleted", "cut short", "not a network"])
-def test_a_baseline_whose_network_cannot_be_read_is_trained_again(store, shared, damage):
-    model, run_id = baseline(seed=50)
+def resave(change):
+    """Damage to the file of a network: what ``change`` makes of its weights, saved as before."""
+
+    def damage(path):
+        saved = torch.load(path, weights_only=True)
+        for tensor in saved["state_dict"].values():
+            change(tensor)
+        torch.save(saved, path)
+
+    return damage
+
+
+def one_bit(path):
+    content = bytearray(path.read_bytes())
+    saved = torch.load(path, weights_only=True)
+    weights = saved["state_dict"]["network.5.weight"].numpy().tobytes()
+    content[content.index(weights) + 3] ^= 1  # in the exponent of the first weight
+    path.write_bytes(content)
+
+
+def of_other_widths(path):
+    other = network((3, 2))
+    torch.save({"channels": other.channels, "state_dict": other.state_dict()}, path)
+
+
+DAMAGE = {
+    "deleted": lambda path: path.unlink(),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "not a network": lambda path: path.write_text("not a network"),
+    "NaN": resave(lambda tensor: tensor.fill_(float("nan"))),
+    "zeros": resave(lambda tensor: tensor.zero_()),
+    "one flipped bit": one_bit,
+    "other widths": of_other_widths,
+    "a pickle": lambda path: torch.save(network(), path),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(shared):
+    """A baseline, the file of its network, and what stands in that file."""
+    with place(*shared), pytest.MonkeyPatch.context() as patch:
+        no_figures(patch)
+        model, run_id = baseline(seed=50)
     (path,) = shared[0].rglob(f"{run_id}/**/network.pt")
-    if damage == "deleted":
-        path.unlink()
-    elif damage == "cut short":
-        path.write_bytes(path.read_bytes()[:1000])
-    else:
-        path.write_text("not a network")
-    again, other = baseline(seed=50)
+    return model, run_id, path, path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_network_is_not_taken_for_the_baseline_which_is_trained_again(
+    store, trained, damage
+):
+    model, run_id, path, content = trained
+    damage(path)
+    try:
+        with pytest.warns(UserWarning, match=f"stored in run {run_id} is not used"):
+            again, other = baseline(seed=50)
+    finally:
+        path.write_bytes(content)
     assert other != run_id
     assert_equal_networks(again, model)
     mlflow.MlflowClient().delete_run(other)
-    mlflow.MlflowClient().delete_run(run_id)
+
+
+@pytest.mark.parametrize("wrong", ["weights", "widths", "NaN"])
+def test_a_network_that_was_logged_in_place_of_the_trained_one_is_not_taken(store, trained, wrong):
+    # Its digest is right then; its channels or its accuracy are not.
+    model, run_id, path, content = trained
+    other = network((3, 2) if wrong == "widths" else (2, 3))
+    for parameter in other.parameters() if wrong != "widths" else ():
+        parameter.data.fill_(float("nan") if wrong == "NaN" else 0)
+    digest = mlflow.get_run(run_id).data.tags[tracking.DIGEST]
+    with tracking.run("exchange") as active:
+        tracking.log_network(other)
+    client = mlflow.MlflowClient()
+    exchanged = mlflow.get_run(active.info.run_id).data.tags[tracking.DIGEST]
+    (file,) = path.parents[2].rglob(f"{active.info.run_id}/**/network.pt")
+    path.write_bytes(file.read_bytes())
+    client.set_tag(run_id, tracking.DIGEST, exchanged)
+    try:
+        assert_equal_networks(tracking.load_network(run_id), other)
+        with pytest.warns(UserWarning, match=r"filters, not|accuracy is"):
+            again, new = baseline(seed=50)
+    finally:
+        path.write_bytes(content)
+        client.set_tag(run_id, tracking.DIGEST, digest)
+    assert new != run_id
+    assert_equal_networks(again, model)
+    client.delete_run(new)
+
+
+def test_its_first_weights_are_those_of_its_seed(store, monkeypatch):
+    def keep(model, *_, **__):
+        started.append(copy.deepcopy(model))
+        return []
+
+    started = []
+    monkeypatch.setattr(baselines, "fit", keep)
+    monkeypatch.setattr(baselines, "evaluate", lambda *_: (1.0, 0.5))
+    monkeypatch.setattr("cnn_pruning.plots.curves", lambda *_: None)
+    for caller, seed in (1, 70), (2, 71):
+        torch.manual_seed(caller)
+        baseline(seed=seed)
+        assert_equal_networks(started[-1], network(seed=seed))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 from torchvision.datasets import FashionMNIST
 
-from cnn_pruning import data, fashion_mnist
+from cnn_pruning import fashion_mnist, paths
 from cnn_pruning.data import batches
 from cnn_pruning.paths import ROOT
 
@@ -184,7 +184,7 @@ def test_a_folder_that_can_not_be_written_to_is_an_error_that_names_it(root, mon
 
     try:
         if os.access(raw, os.W_OK):  # as root, who may write anywhere
-            monkeypatch.setattr(data, "FileLock", refuse)
+            monkeypatch.setattr(paths, "FileLock", refuse)
         with pytest.raises(OSError, match=re.escape(str(raw))) as error:
             fashion_mnist(root)
         assert not isinstance(error.value, ConnectionError)

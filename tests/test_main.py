@@ -373,6 +373,7 @@ def test_a_missing_data_folder_is_refused_where_nothing_can_be_downloaded(
     with no_server() as uri:
         monkeypatch.setattr(FashionMNIST, "mirrors", [f"{uri}/"])
         assert "missing" in refused(arguments(data=str(tmp_path / "missing")))
+    assert not (tmp_path / "missing").exists()
 
 
 def test_a_server_that_does_not_answer_is_refused(tmp_path, monkeypatch, capsys):

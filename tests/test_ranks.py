@@ -1,14 +1,10 @@
 """What several processes compute together is what one process computes alone."""
 
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch

@@ -1,9 +1,12 @@
+import errno
+import hashlib
 import os
+import pickle
 import signal
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -147,7 +150,7 @@ def test_no_database_is_left_that_was_not_finished(tmp_path, tmp_path_factory, m
             patch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", stop)
             with pytest.raises((KeyboardInterrupt, ValueError)):
                 tracking.connect()
-        assert set(tmp_path.glob("mlflow*")) <= {tmp_path / "mlflow.db.running"}
+        assert list(tmp_path.glob("mlflow*")) == []
         monkeypatch.setattr(
             tracking, "_make_database", lambda path, _: path.write_bytes(finished.read_bytes())
         )
@@ -360,6 +363,34 @@ def test_the_file_of_a_network_holds_tensors_and_numbers_only(store):
     assert_same(dict(saved["state_dict"]), dict(model.state_dict()))
 
 
+class Attack:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda what, to: to.write_bytes(pickle.dumps(what))])
+def test_a_pickle_in_place_of_a_network_is_refused_and_never_run(store, shared, tmp_path, write):
+    with tracking.run("network") as active:
+        tracking.log_network(network())
+    (path,) = shared[0].rglob(f"{active.info.run_id}/**/network.pt")
+    write({"channels": (2, 3), "state_dict": Attack(tmp_path / "attacked")}, path)
+    with pytest.raises(ValueError, match="does not hold a network"):
+        tracking.read_network(path)
+    # And if somebody changed the digest as well:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="not the one that was logged"):
+        tracking.load_network(active.info.run_id)
+    mlflow.MlflowClient().set_tag(active.info.run_id, tracking.DIGEST, digest)
+    with pytest.raises(ValueError, match="does not hold a network"):
+        tracking.load_network(active.info.run_id)
+    assert not (tmp_path / "attacked").exists()
+
+
 def test_a_run_without_a_network_is_an_error(store):
     with tracking.run("empty") as active:
         pass
@@ -378,6 +409,32 @@ def test_a_logged_model_gives_any_number_of_images_the_networks_labels(store):
         labels = tracking.predict(active.info.run_id, IMAGES[:count])
         assert labels.dtype == torch.int64
         assert_same(labels, logits(model)[:count].argmax(1))
+
+
+def test_a_network_is_kept_whole_or_not_at_all(store, monkeypatch):
+    def full(_, file):
+        file.write(b"half a network")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(tracking.NotRecorded, match="No space left") as error:
+        with tracking.run("full"):
+            path = tracking.keep_network(network())
+            monkeypatch.setattr(torch, "save", full)
+            tracking.keep_network(network(seed=1))
+    assert str(path) in str(error.value)
+    assert_equal_networks(tracking.read_network(path), network())
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_nothing_is_kept_of_a_run_that_mlflow_has_or_that_failed_by_itself(store, shared):
+    for error in (None, ValueError, KeyboardInterrupt):
+        with suppress(ValueError, KeyboardInterrupt), tracking.run("run"):
+            path = tracking.keep_network(network())
+            assert path.exists()
+            if error:
+                raise error
+            tracking.log_network(network())
+        assert not path.parent.exists()
 
 
 # A server
