@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         ranks.say("Interrupted. If the MLflow run had begun, it is marked as killed.")
         return 130
-    except (FloatingPointError, ConnectionError) as error:
+    except (FloatingPointError, ranks.RankLost) as error:
         ranks.say(str(error))
         return 1
     ranks.stop()
