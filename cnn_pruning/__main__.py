@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         ranks.say(" ".join(["Interrupted.", *notes]))
         return 128 + (error.args or [signal.SIGINT])[0]
-    except (FloatingPointError, ConnectionError, tracking.NotRecorded) as error:
+    except (FloatingPointError, ranks.RankLost, tracking.NotRecorded) as error:
         ranks.say(str(error))
         return 1
     ranks.stop()

@@ -78,6 +78,9 @@ def prune_iteratively(
     other scores, or to leave out layers that may lose nothing at this step. ``min_filters`` and
     ``keep`` are those of ``select_filters``.
 
+    Several ranks work together if ``train`` comes from ``ranks.divide``, as in ``fit``, and all of
+    them end with the same network, whatever ``criterion`` and ``rescore`` draw on each.
+
     Raises ``ValueError`` for a target that can't be reached or settings out of range, and
     ``TypeError`` if the network isn't a chain, all at the first step, before anything is trained.
 

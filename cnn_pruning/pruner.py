@@ -43,6 +43,11 @@ def filter_scores(
     Neither ``batch_size`` nor the order of the examples changes the result beyond rounding (of
     ``"obd"``, which estimates by random draws, see there).
 
+    In a distributed program too, each process scores by itself on the ``data`` that it hands in,
+    and nothing is exchanged. To score together, every rank calls this with ``ranks.divide(data)``
+    if each has all of the data, or with ``ranks.pool(part)`` if each has a part of its own; all of
+    them return the scores on all of the data.
+
     Raises ``TypeError`` if the network isn't a chain or ends in a softmax, ``ValueError`` for an
     unknown criterion, an empty dataset, or data that the network can't take.
 

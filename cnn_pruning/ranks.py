@@ -7,6 +7,7 @@ works alone, in a distributed program too, so that rank 0 may score or evaluate 
 import functools
 import itertools
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -23,6 +24,10 @@ from torch.utils.data import Dataset
 from cnn_pruning.passes import first_line
 
 PATIENCE = 60  # seconds that a rank waits for the others without a word
+
+
+class RankLost(ConnectionError):
+    """Another rank has stopped, or doesn't do what this one does."""
 
 
 # What each rank reads
@@ -90,8 +95,7 @@ def own(data: Dataset) -> Dataset:
 def gathered(data: Dataset, model: nn.Module, value: object) -> list:
     """Return the ``value`` of every rank, in their order, or [value] if ``data`` aren't shared.
 
-    Raises ``ValueError`` if ``model`` isn't the same on every rank, and ``ConnectionError`` if
-    another rank has stopped or makes no such call.
+    Raises ``ValueError`` if ``model`` isn't the same on every rank, and ``RankLost``.
     """
     if not isinstance(data, Shared):
         return [value]
@@ -146,11 +150,11 @@ def _values(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Raise ``ConnectionError``, in one sentence, if the ranks fail to meet in this block."""
+    """Raise ``RankLost``, with one sentence, if the ranks fail to meet in this block."""
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(
+        raise RankLost(
             f"This process can't go on with the other ranks, and stops ({first_line(error)})."
         ) from error
 
@@ -192,10 +196,14 @@ def seed_of_rank(seed: int, data: Dataset) -> int:
 def start(device: torch.device) -> torch.device:
     """Join the other processes, if ``torchrun`` started this one; return where it computes.
 
-    On GPUs, each process takes the one of its local rank. Raises ``ValueError`` if there is none.
+    On GPUs, each process takes the one of its local rank. From now on SIGTERM, with which
+    ``torchrun`` stops all when one has ended, is said and raises ``KeyboardInterrupt``.
+
+    Raises ``ValueError`` if there is no GPU for this process.
     """
     if not dist.is_torchelastic_launched():
         return device
+    signal.signal(signal.SIGTERM, _interrupt)
     if device.type == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
@@ -208,6 +216,11 @@ def start(device: torch.device) -> torch.device:
     with meeting():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def _interrupt(number: int, frame: object) -> None:
+    say("Stopped by torchrun, because another process has ended, or because it was told to stop.")
+    raise KeyboardInterrupt(number)
 
 
 def stop() -> None:
@@ -232,11 +245,12 @@ def first_alone(function: Callable) -> Callable:
 
 
 def say(message: str) -> None:
-    """Print ``message`` as an error, unless another rank of ``torchrun`` has said one before.
+    """Print why this process stops, unless another rank of ``torchrun`` has said why it does.
 
-    When one rank stops, it says why, and the others, which stop because of it, needn't.
+    When one rank stops, the others stop because of it, and needn't say so.
     """
     if dist.is_torchelastic_launched():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is about to stop anyhow
         try:  # torchrun's own store, which outlives the ranks
             place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))

@@ -35,6 +35,7 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[fl
     """Return the mean cross-entropy (nats) and the accuracy (a fraction) of ``model`` on ``data``.
 
     The model is in evaluation mode meanwhile, and its training flags are as before afterwards.
+    Several ranks evaluate together if ``data`` come from ``ranks.divide`` or ``ranks.pool``.
     Raises ``TypeError`` or ``ValueError`` for what ``batches`` refuses, and ``ValueError`` for
     images that the network can't take, outputs that aren't logits (N, classes), or labels that
     aren't integers of one of the classes.
@@ -76,10 +77,17 @@ def fit(
     training fails, its weights are as before too; if it is interrupted (Ctrl-C), they are those
     reached. The updates use ``mixed_precision``.
 
+    Several ranks train together, through DistributedDataParallel, if ``train`` comes from
+    ``ranks.divide``. The mini-batches are those of one process, of ``batch_size`` for all ranks
+    together, and so are the gradients, weights and losses, to rounding. Two things differ: batch
+    norm takes its statistics from each rank's part of a mini-batch (its running ones from rank 0's;
+    ``nn.SyncBatchNorm``, on GPUs, takes them from all), and dropout draws for each rank apart. A
+    rank that fails or is interrupted ends the training of the others as a failure.
+
     Raises ``ValueError`` for epochs, batch size or learning rate out of range, for a network
     without a parameter to train, for a last mini-batch of one image if batch norm can't take it,
     and what ``evaluate`` raises for data that can't be used, all before the model changes;
-    ``FloatingPointError`` if the loss stops being finite.
+    ``FloatingPointError`` if the loss stops being finite, and ``ranks.RankLost``.
     """
     epochs, lr, seed = check_settings(epochs, lr, seed)
     batch_size = integer("batch_size", batch_size, 1)

@@ -103,3 +103,46 @@ def server(_server):
         except OSError:
             time.sleep(0.1)
     return uri, folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands(request, tmp_path_factory):
+    """The command under torchrun on few images, once whole and once with a rank that dies."""
+    if not any("commands" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    from stores import new_store
+
+    folder = tmp_path_factory.mktemp("commands")
+    uri = new_store(folder, tmp_path_factory)
+    tests = os.path.dirname(__file__)
+    options = "--channels 2 3 --remove 2 --epochs 1 --fine-tune-epochs 1 --batch-size 20".split()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    started = {
+        ends: subprocess.Popen(
+            [*torchrun, os.path.join(tests, "few_images.py"), ends, *options],
+            cwd=folder,
+            env=os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": os.path.dirname(tests)},
+            stdout=(folder / f"{ends}.out").open("w"),
+            stderr=(folder / f"{ends}.err").open("w"),
+        )
+        for ends in ("well", "badly")
+    }
+    try:
+        yield started, folder, uri
+    finally:
+        for process in started.values():
+            process.terminate()
+            process.wait()
+
+
+@pytest.fixture
+def commands(_commands):
+    """The exit status and the texts of each command, by how it ends; and the store's address."""
+    started, folder, uri = _commands
+    ended = {}
+    for ends, process in started.items():
+        process.wait(60)
+        texts = [(folder / f"{ends}.{name}").read_text() for name in ("out", "err")]
+        ended[ends] = (process.returncode, *texts)
+    return ended, uri

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import assert_same, state_of
+from stores import runs
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -218,7 +219,7 @@ def one_dies():
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(ConnectionError) as error:
+    with pytest.raises(ranks.RankLost) as error:
         fit(model, divide(TRAIN), divide(VAL), on_epoch=die, **FIT)
     assert_same(state_of(model) | {"random": None}, before | {"random": None})
     return str(error.value)
@@ -371,3 +372,47 @@ def test_a_rank_that_dies_ends_the_training_of_the_others_with_their_weights_res
 def test_one_process_has_nothing_to_share():
     assert divide(TRAIN) is TRAIN
     assert pool(TRAIN) is TRAIN
+
+
+# The command
+
+
+def said(errors):
+    """What our own processes said, without torchrun's report."""
+    return re.findall(r"^(?:python -m|This process|Stopped|Interrupted).*", errors, re.MULTILINE)
+
+
+def test_torchrun_runs_the_command_and_the_first_rank_alone_logs_and_prints(commands):
+    ended, uri = commands
+    status, printed, errors = ended["well"]
+    assert (status, said(errors)) == (0, []), errors
+    assert "Traceback" not in errors
+    assert printed.count("Conv2d") == 4  # of two networks
+    assert len(re.findall(r"^(trained|pruned|fine-tuned) ", printed, re.MULTILINE)) == 3
+    assert printed.count("MLflow run ") == 1
+    names = [run.info.run_name for run in runs(uri) if run.info.status == "FINISHED"]
+    assert names.count("train") == 2  # of this command, and of the one that ends badly
+    assert names.count("fine-tune") == 1
+
+
+def test_a_rank_that_dies_ends_the_command_with_one_sentence(commands):
+    status, printed, errors = commands[0]["badly"]
+    assert status == 1
+    assert len(said(errors)) == 1, errors
+    assert re.search("other ranks|another process", said(errors)[0])
+    assert "MLflow run " not in printed
+
+
+def test_of_several_ranks_one_says_why_they_stop(monkeypatch, capsys):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in (place | {"TORCHELASTIC_RESTART_COUNT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for message in ("first", "second"):
+            ranks.say(message)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.splitlines() == ["first"]
