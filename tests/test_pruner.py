@@ -373,7 +373,8 @@ def used_twice(layer):
         (around(nn.PReLU(4)), r"^2 is a PReLU"),
         (used_twice(nn.Conv2d(4, 4, 3, padding=1)), r"^2 is used twice"),
         (used_twice(nn.BatchNorm2d(4)), r"^2 is used twice"),
-        (around(nn.Flatten(2), nn.Unflatten(2, (6, 6))), r"^2 is a Flatten"),
+        (around(nn.Flatten(1, 2), nn.Unflatten(1, (4, 6))), r"^2 is a Flatten"),
+        (around(nn.Flatten(2), nn.Unflatten(2, (6, 6))), r"^3 is a Unflatten"),
         # It mixes the columns of an image and not its channels.
         (around(nn.Linear(6, 6)), r"^2 "),
         (around(Forked()), "can't be read as a chain"),
