@@ -59,10 +59,11 @@ def fashion_mnist(
     Source: Xiao, Rasul, Vollgraf, *Fashion-MNIST* (2017), arXiv 1708.07747.
     """
     try:
-        root = ROOT / "data" if root is None else Path(root).expanduser()
-        root.resolve()  # fails for what can't be a path
+        folder = ROOT / "data" if root is None else Path(root).expanduser()
+        folder.resolve()  # fails for what can't be a path
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"root must be a folder, but it is {shown(root)} ({error}).") from error
+    root = folder
     if _damaged(root, _EXTRACTED_MD5):
         _extract(root)
 

@@ -187,6 +187,7 @@ def _train(
     per_example: PerExample | None,
 ) -> Scores:
     """Train in place on the mini-batches of ``stream``; return scores from the same passes."""
+    precision = mixed_precision(chain.model, train)
     optimizer = torch.optim.Adam(chain.model.parameters(), lr)
     filters = chain.filters()
     mean = MeanOverExamples(per_example)
@@ -202,7 +203,6 @@ def _train(
     watched = chain if per_example else replace(chain, links={})
     with in_training(chain.model, seed_of_rank(seed, train)), on_feature_maps(watched, keep):
         network = in_parallel(chain.model, train)
-        precision = mixed_precision(chain.model, train)
         for images, labels, divisor in stream:
             total += update(network, optimizer, images, labels, divisor, precision)
             if per_example and divisor < math.inf:

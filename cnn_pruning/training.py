@@ -90,6 +90,7 @@ def fit(
     loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
     evaluate(model, val)  # raises, if it must, before the model changes
     check_trainable(model, train, batch_size)
+    precision = mixed_precision(model, train)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=max(1, steps))
@@ -102,7 +103,6 @@ def fit(
     ):
         try:
             network = in_parallel(model, train)
-            precision = mixed_precision(model, train)
             for number in range(1, epochs + 1):
                 total = 0.0
                 for images, labels, divisor in epoch(loader, train, batch_size):
@@ -197,11 +197,10 @@ def mixed_precision(model: nn.Module, train: Dataset | None = None) -> torch.aut
     )
     block = torch.autocast("cpu", torch.bfloat16, enabled=fast)
     if fast and train is not None:
-        trial = copy_of(model).train()
-        with torch.random.fork_rng([]), torch.no_grad(), block:
-            images, _ = next(iter(batches(own(train), 2)))
+        images, _ = next(iter(batches(own(train), 2)))
+        with torch.random.fork_rng([]), torch.no_grad(), evaluation(model), block:
             try:
-                trial(images)
+                model(images)
             except Exception:  # as of index_add, which takes no bfloat16 beside float32
                 return torch.autocast("cpu", torch.bfloat16, enabled=False)
     return block
