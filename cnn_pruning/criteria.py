@@ -14,7 +14,18 @@ from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
 from cnn_pruning.feature_maps import Maps, feature_maps
 from cnn_pruning.oracle import oracle, oracle_abs
-from cnn_pruning.passes import Cost, device_of, evaluation, on_device, outputs_of, summed_loss
+from cnn_pruning.passes import (
+    Cost,
+    call,
+    check_function,
+    device_of,
+    differentiable,
+    evaluation,
+    on_device,
+    outputs_of,
+    shown,
+    summed_loss,
+)
 from cnn_pruning.ranks import gathered, summed
 from cnn_pruning.scores import Scores
 
@@ -90,7 +101,7 @@ class MeanOverExamples:
     def add(self, maps: Maps) -> None:
         """Add a mini-batch. Raises ``ValueError`` if the criterion doesn't return (N, K)."""
         for layer, (z, slope) in maps.items():
-            values = self.per_example(z, slope)
+            values = call("The criterion", self.per_example, z, slope)
             shape = getattr(values, "shape", None)
             if not isinstance(values, Tensor) or shape != z.shape[:2]:
                 raise ValueError(
@@ -176,7 +187,8 @@ def mutual_information(
     means: dict[str, list[Tensor]] = {}
     labels = []
     for batch, maps in feature_maps(model, data, batch_size, gradient=False):
-        if batch.dtype != torch.int64 or batch.dim() != 1 or batch.min() < 0:
+        whole = isinstance(batch, Tensor) and batch.dtype == torch.int64
+        if not whole or batch.dim() != 1 or batch.min() < 0:
             raise ValueError("Mutual information needs integer labels (N,), from 0 on.")
         labels.append(batch.cpu())
         for layer, (z, _) in maps.items():
@@ -269,8 +281,9 @@ def obd(
                     (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
                     for p in parameters
                 ]
-                slopes = torch.autograd.grad(loss, parameters, create_graph=True)
-                curved = torch.autograd.grad(slopes, parameters, signs)
+                with differentiable(loss):
+                    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+                    curved = torch.autograd.grad(slopes, parameters, signs)
                 for (layer, p), v, hv in zip(owners, signs, curved, strict=True):
                     saliency = (p.detach().square() * v * hv).flatten(1 if p.dim() > 1 else 0)
                     total = saliency.sum(1) if p.dim() > 1 else saliency
@@ -320,10 +333,12 @@ def find(criterion: str | PerExample) -> PerExample | Criterion:
     Raises ``ValueError`` for an unknown name.
     """
     if callable(criterion):
+        if criterion not in WHOLE:
+            check_function("The criterion", criterion, "feature map", "gradient")
         return criterion
     if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ValueError(
-            f"There is no criterion {criterion!r}: use {', '.join(map(repr, CRITERIA))}, or a "
+            f"There is no criterion {shown(criterion)}: use {', '.join(map(repr, CRITERIA))}, or a "
             "function of (feature map, gradient)."
         )
     return CRITERIA[criterion]

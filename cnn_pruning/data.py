@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 from torchvision.datasets import FashionMNIST
 
-from cnn_pruning.passes import integer
+from cnn_pruning.passes import integer, shown
 from cnn_pruning.paths import ROOT, locked_folder
 from cnn_pruning.ranks import Shared, own
 
@@ -57,7 +57,12 @@ def fashion_mnist(
 
     Source: Xiao, Rasul, Vollgraf, *Fashion-MNIST* (2017), arXiv 1708.07747.
     """
-    root = ROOT / "data" if root is None else Path(root).expanduser()
+    try:
+        folder = ROOT / "data" if root is None else Path(root).expanduser()
+        folder.resolve()  # fails for what can't be a path
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"root must be a folder, but it is {shown(root)} ({error}).") from error
+    root = folder
     if _damaged(root, _EXTRACTED_MD5):
         _extract(root)
 
@@ -92,14 +97,17 @@ def batches(
     batch_size = integer("batch_size", batch_size, 1)
     shared = dataset if isinstance(dataset, Shared) else None
     dataset = own(dataset)
-    listed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if not listed or isinstance(dataset, Mapping | IterableDataset):
+    try:
+        size = len(dataset) if hasattr(dataset, "__getitem__") else None
+    except (TypeError, ValueError, IndexError):
+        size = None
+    if size is None or isinstance(dataset, Mapping | IterableDataset):
         hint = ": hand in its .dataset" if isinstance(dataset, DataLoader) else ""
         raise TypeError(
             "The data must be a dataset of (image, label) with a length, a TensorDataset for "
             f"example, but they are a {type(dataset).__name__}{hint}."
         )
-    if len(shared or dataset) == 0:
+    if (len(shared) if shared else size) == 0:
         raise ValueError("The dataset is empty: give at least one (image, label).")
     if generator is None:
         sampler = SequentialSampler(dataset)
@@ -225,8 +233,8 @@ def _extract(root: Path) -> None:
             FashionMNIST(root, download=True)
     except (RuntimeError, URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
-            f"FashionMNIST is not complete in {raw} and could not be downloaded ({error}): "
-            "put the four .gz archives there."
+            f"FashionMNIST is not complete in {raw} and could not be downloaded "
+            f"({' '.join(str(error).split())}): put the four .gz archives there."
         ) from error
     except OSError as error:
         raise OSError(

@@ -14,6 +14,7 @@ from cnn_pruning.passes import (
     Cost,
     NoGradientError,
     device_of,
+    differentiable,
     evaluation,
     on_device,
     outputs_of,
@@ -68,9 +69,8 @@ def feature_maps(
             gradients = [None] * len(found)
             if gradient:  # of the sum, so that each example has its own
                 loss = summed_loss(outputs, labels, cost)
-                if not loss.requires_grad:
-                    raise ValueError("The cost has no gradient: compute it from the outputs.")
-                gradients = torch.autograd.grad(loss, list(found.values()))
+                with differentiable(loss):
+                    gradients = torch.autograd.grad(loss, list(found.values()))
         filters = chain.filters()
         yield (
             labels,

@@ -11,7 +11,7 @@ the layer that takes the map, so that zero stays zero.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from cnn_pruning.passes import (
     Cost,
     copy_of,
     device_of,
+    differentiable,
     evaluation,
     first_line,
     on_device,
@@ -35,7 +36,7 @@ from cnn_pruning.passes import (
 )
 from cnn_pruning.pruner import checked_filters
 from cnn_pruning.ranks import own, summed
-from cnn_pruning.scores import Filters, Scores, spare_filters
+from cnn_pruning.scores import Filters, Scores, names_of, spare_filters
 from cnn_pruning.tracing import check_network, layers_that_share
 
 _CONV = nn.modules.conv._ConvNd
@@ -52,7 +53,7 @@ def group_scores(
     data: Dataset,
     batch_size: int = 128,
     cost: Cost | None = None,
-    keep: Iterable[str] = (),
+    keep: Collection[str] = (),
 ) -> Scores:
     """Return the Taylor score of the filters of every group, by name of its first convolution.
 
@@ -79,7 +80,7 @@ def group_scores(
     Source: Molchanov et al. 2017, Eq. 8, for the groups of Fang et al. 2023 (DepGraph).
     """
     network = _Network(model, data)
-    keep = [keep] if isinstance(keep, str) else list(keep)
+    keep = names_of(keep)
     spare = spare_filters(network.filters(), keep=keep)
     groups = {name: group for name, group in network.groups.items() if name not in keep}
     network.without({name: list(range(0, spare[name], 3)) for name in groups})  # can they go?
@@ -94,7 +95,8 @@ def group_scores(
             with network.gated(dict(zip(groups, gates, strict=True))):
                 outputs = outputs_of(model, on_device(images, weight.device))
                 loss = summed_loss(outputs, on_device(labels, weight.device), cost)
-            slopes = torch.autograd.grad(loss, gates)
+            with differentiable(loss):
+                slopes = torch.autograd.grad(loss, gates)
         for total, slope in zip(totals.values(), slopes, strict=True):
             total += slope.abs().cpu().sum(0, dtype=torch.float64)
     totals = summed(data, model, totals)

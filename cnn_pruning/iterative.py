@@ -1,7 +1,7 @@
 """Prune a few filters at a time and train in between: the paper's own algorithm."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -15,12 +15,19 @@ from cnn_pruning.criteria import MeanOverExamples, PerExample
 from cnn_pruning.data import batches, epoch, image_shape
 from cnn_pruning.feature_maps import by_position, check_found, on_feature_maps, with_gradient
 from cnn_pruning.measure import count_macs, count_parameters
-from cnn_pruning.passes import copy_of, integer
+from cnn_pruning.passes import check_function, copy_of, integer
 from cnn_pruning.progress import progress
 from cnn_pruning.pruner import remove
 from cnn_pruning.ranks import gathered, in_parallel, make_same, seed_of_rank, summed
-from cnn_pruning.scores import Filters, Scores, normalize, select_filters, spare_filters
-from cnn_pruning.training import check_settings, check_trainable, evaluate, in_training, update
+from cnn_pruning.scores import Filters, Scores, names_of, normalize, select_filters, spare_filters
+from cnn_pruning.training import (
+    check_settings,
+    check_trainable,
+    evaluate,
+    in_training,
+    mixed_precision,
+    update,
+)
 
 Rescore = Callable[[nn.Module, Scores], Scores]
 """(network as it is now, its scores) to the scores that are compared."""
@@ -56,7 +63,7 @@ def prune_iteratively(
     criterion: str | PerExample = "taylor",
     rescore: Rescore = lambda network, scores: normalize(scores),
     min_filters: int = 1,
-    keep: Iterable[str] = (),
+    keep: Collection[str] = (),
     batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
@@ -93,8 +100,9 @@ def prune_iteratively(
     _, lr, seed = check_settings(1, lr, seed)
     chain = read_chain(model)
     found = criteria.check(chain, criterion)
+    check_function("rescore", rescore, "network", "scores")
     on_the_way = found if updates and found not in criteria.WHOLE else None
-    keep = [keep] if isinstance(keep, str) else list(keep)
+    keep = names_of(keep)
     spare = spare_filters(chain.filters(), min_filters, keep)
     shape = image_shape(train)
     least = _sizes(chain.of(remove(chain, {k: range(n) for k, n in spare.items()})), shape)[name]
@@ -103,7 +111,12 @@ def prune_iteratively(
             f"The network can't get down to {target} {name}: with min_filters={min_filters} it "
             f"keeps at least {least}."
         )
-    evaluate(model, val)  # raises, if it must, before anything is trained
+    loss, _ = evaluate(model, val)  # raises, if it must, before anything is trained
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"The loss on the validation images is {loss} from the start: check these images and "
+            "the network's weights."
+        )
     if updates:
         check_trainable(model, train, batch_size)
 
@@ -177,6 +190,7 @@ def _train(
     per_example: PerExample | None,
 ) -> Scores:
     """Train in place on the mini-batches of ``stream``; return scores from the same passes."""
+    precision = mixed_precision(chain.model, train)
     optimizer = torch.optim.Adam(chain.model.parameters(), lr)
     filters = chain.filters()
     mean = MeanOverExamples(per_example)
@@ -193,7 +207,7 @@ def _train(
     with in_training(chain.model, seed_of_rank(seed, train)), on_feature_maps(watched, keep):
         network = in_parallel(chain.model, train)
         for images, labels, divisor in stream:
-            total += update(network, optimizer, images, labels, divisor)
+            total += update(network, optimizer, images, labels, divisor, precision)
             if per_example and divisor < math.inf:
                 check_found(chain, maps, len(images))
                 mean.add(

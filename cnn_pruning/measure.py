@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnn_pruning.model import CNN
-from cnn_pruning.passes import device_of, evaluation, integer, outputs_of
+from cnn_pruning.passes import device_of, evaluation, integer, outputs_of, shown
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -76,14 +76,17 @@ def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, ...] | No
     if not isinstance(image_shape, tuple | list):
         raise ValueError(
             "image_shape must be (channels, height, width) of the network's images, (3, 32, 32) "
-            f"for example, but it is {image_shape!r}."
+            f"for example, but it is {shown(image_shape)}."
         )
     sizes = [integer("image_shape", size, 1) for size in image_shape]
     batch_size = integer("batch_size", batch_size, 1)
     device_of(model)  # raises if it isn't a network
     parameter = next(model.parameters(), torch.empty(0))
     own = torch.Generator().manual_seed(0)  # the caller's random numbers stay untouched
-    return torch.rand(batch_size, *sizes, generator=own).to(parameter)
+    try:
+        return torch.rand(batch_size, *sizes, generator=own).to(parameter)
+    except RuntimeError as error:
+        raise ValueError(f"{batch_size} images of {sizes} don't fit into the memory.") from error
 
 
 def costs(*models: nn.Module) -> list[dict[str, int | float]]:

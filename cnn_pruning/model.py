@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cnn_pruning.passes import integer
+from cnn_pruning.passes import integer, shown
 
 
 class CNN(nn.Module):
@@ -23,8 +23,10 @@ class CNN(nn.Module):
 
     def __init__(self, channels: Sequence[int] = (8, 16)) -> None:
         super().__init__()
-        if not isinstance(channels, Sequence):
-            raise ValueError(f"channels must be a sequence of integers, but it is {channels!r}.")
+        if not isinstance(channels, Sequence) or isinstance(channels, str):
+            raise ValueError(
+                f"channels must be a sequence of integers, but it is {shown(channels)}."
+            )
         if not channels:
             raise ValueError("channels must be one or more positive integers, but there are none.")
         channels = tuple(integer("channels", width, 1) for width in channels)

@@ -187,7 +187,7 @@ def kind_of(
     """Return what ``node`` does to ``maps``, or, where no rule is known, why it can't be read.
 
     ``same_batch`` are the tensors whose first axis holds the examples as that of ``maps`` does.
-    ``maps`` have 4, 3 or 2 ``axes``, (N, K, ...); those behind K have size 1 if they are ``points``.
+    ``maps`` have 4, 3 or 2 ``axes``, (N, K, ...); if they are ``points``, those after K are 1 long.
     """
     others = [other for other in node.all_input_nodes if other is not maps]
     if [other for other in others if other not in shapes]:

@@ -1,15 +1,17 @@
 """The ground floor: one pass of a batch through a network, and checks of what is handed in."""
 
 import copy
-import math
+import inspect
 import numbers
 import operator
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parameter import is_lazy
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 """(outputs, labels) of a batch to what each of its N examples costs, (N,)."""
@@ -65,13 +67,20 @@ def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
         ) from error
 
 
+def check_module(model: nn.Module) -> None:
+    """Raise ``TypeError`` unless ``model`` is an ``nn.Module``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model must be an nn.Module, but it is a {type(model).__name__}.")
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the parameters of ``model``, to which the data are moved.
 
-    Raises ``TypeError`` if ``model`` isn't an ``nn.Module``.
+    Raises ``TypeError`` if ``model`` isn't an ``nn.Module``, or one without weights yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"The model must be an nn.Module, but it is a {type(model).__name__}.")
+    check_module(model)
+    if any(map(is_lazy, model.parameters())):
+        raise TypeError("The model has layers without weights yet: run one batch through it first.")
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
@@ -102,6 +111,49 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".:")[:200]
 
 
+def shown(value: object) -> str:
+    """``value`` as it is shown in an error: on one line, and not too long."""
+    return textwrap.shorten(repr(value), 100, placeholder=" ...")
+
+
+def check_function(name: str, value: object, *arguments: str) -> None:
+    """Raise ``TypeError`` unless ``value`` can be called with as many ``arguments``."""
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a function of ({', '.join(arguments)}), but it is {shown(value)}."
+        ) from None
+    except ValueError:  # written in C, and doesn't say what it takes
+        pass
+
+
+def call(name: str, function: Callable, *arguments: object) -> object:
+    """Return what a caller's ``function`` returns; where it fails, a ``ValueError`` names it."""
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{name} failed on a mini-batch: {first_line(error)}.") from error
+
+
+@contextmanager
+def differentiable(loss: Tensor) -> Iterator[None]:
+    """A block that differentiates ``loss``; where PyTorch can't, a ``TypeError`` says so."""
+    if not loss.requires_grad:
+        raise ValueError("The cost has no gradient: compute it from the outputs.")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise TypeError(
+            f"PyTorch can't differentiate the network ({first_line(error)}): use layers that have "
+            "a derivative, and inplace=False behind one that needs what it put out."
+        ) from error
+
+
 def summed_loss(outputs: Tensor, labels: Tensor, cost: Cost | None = None) -> Tensor:
     """Return the cross-entropy (nats), summed over the examples, at least in float32.
 
@@ -112,7 +164,8 @@ def summed_loss(outputs: Tensor, labels: Tensor, cost: Cost | None = None) -> Te
     probabilities, of which the cross-entropy would take the softmax once more.
     """
     if cost is not None:
-        each = cost(outputs, labels)
+        check_function("The cost", cost, "outputs", "labels")
+        each = call("The cost", cost, outputs, labels)
         shape = tuple(getattr(each, "shape", ()))
         if not isinstance(each, Tensor) or shape != (len(labels),):
             raise ValueError(
@@ -178,20 +231,21 @@ def index(value: object) -> int:
     return operator.index(value)
 
 
-def integer(name: str, value: object, lowest: int) -> int:
-    """Return ``value`` as an integer of ``lowest`` or more; else a ``ValueError`` with ``name``."""
+def integer(name: str, value: object, lowest: int, highest: int = 2**63 - 1) -> int:
+    """Return ``value`` as an integer of this range; else a ``ValueError`` with ``name``."""
     try:
         number = index(value)
-        if number >= lowest:
+        if lowest <= number <= highest:
             return number
     except (TypeError, ValueError):
         pass
     kind = "a positive integer" if lowest == 1 else f"an integer of {lowest} or more"
-    raise ValueError(f"{name} must be {kind}, but it is {value!r}.")
+    most = f" (at most {highest})" if isinstance(value, int) and value > highest else ""
+    raise ValueError(f"{name} must be {kind}{most}, but it is {shown(value)}.")
 
 
 def positive(name: str, value: object) -> float:
-    """Return ``value`` as a finite number above 0; else a ``ValueError`` with ``name``."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf:
+    """Return ``value`` as a number above 0 that float32 can hold; else a ``ValueError``."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < 1e38:
         return float(value)
-    raise ValueError(f"{name} must be a positive number, but it is {value!r}.")
+    raise ValueError(f"{name} must be a positive number below 1e38, but it is {shown(value)}.")

@@ -1,7 +1,7 @@
 """Score the filters of a network, mask them, remove them: the method, step by step."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,8 @@ from cnn_pruning import criteria, scores
 from cnn_pruning.chain import Chain, Link, read_chain
 from cnn_pruning.criteria import PerExample
 from cnn_pruning.feature_maps import on_feature_maps
-from cnn_pruning.passes import Cost, copy_of, index
-from cnn_pruning.scores import Filters, Scores, select_filters, spare_filters
+from cnn_pruning.passes import Cost, copy_of, index, shown
+from cnn_pruning.scores import Filters, Scores, names_of, select_filters, spare_filters
 
 
 def filter_scores(
@@ -134,12 +134,12 @@ class TaylorPruner:
         criterion: str | PerExample = "taylor",
         normalize: bool = True,
         min_filters: int = 1,
-        keep: Iterable[str] = (),
+        keep: Collection[str] = (),
         cost: Cost | None = None,
     ) -> None:
         chain = read_chain(model)
         criteria.check(chain, criterion, cost)
-        self.keep = [keep] if isinstance(keep, str) else list(keep)
+        self.keep = names_of(keep)
         spare_filters(chain.filters(), min_filters, self.keep)
         self.model = model
         self.criterion = criterion
@@ -186,7 +186,7 @@ def checked_filters(chain: Chain, filters: Mapping[str, Iterable[int]]) -> Filte
         if layer not in widths:
             prunable = ", ".join(map(repr, widths)) or "none"
             raise ValueError(
-                f"{layer!r} is not a layer whose filters can go: those are {prunable}."
+                f"{shown(layer)} is not a layer whose filters can go: those are {prunable}."
             )
         try:
             # One more than there are is enough to see a name twice, and an endless list ends.
@@ -194,14 +194,14 @@ def checked_filters(chain: Chain, filters: Mapping[str, Iterable[int]]) -> Filte
             checked[layer] = sorted(index(k) for k in indices)
         except TypeError:
             raise ValueError(
-                f"The filters of {layer} must be a list of integers, but they are {indices!r}."
+                f"The filters of {layer} must be a list of integers, but they are {shown(indices)}."
             ) from None
         last = widths[layer] - 1
         wrong = [k for k in checked[layer] if not 0 <= k <= last]
         if wrong:
-            raise ValueError(f"{layer} has filters 0 to {last}, but {wrong} were named.")
+            raise ValueError(f"{layer} has filters 0 to {last}, but {shown(wrong)} were named.")
         if len(set(checked[layer])) < len(checked[layer]):
-            raise ValueError(f"{layer} has a filter named twice in {checked[layer]}.")
+            raise ValueError(f"{layer} has a filter named twice in {shown(checked[layer])}.")
     return checked
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 from torch.optim.swa_utils import AveragedModel
 
-from cnn_pruning.passes import copy_of
+from cnn_pruning.passes import check_module, copy_of
 
 BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD)
@@ -28,8 +28,7 @@ def hooked(layer: nn.Module, kinds: tuple[str, ...] = HOOKS) -> bool:
 
 def check_network(model: nn.Module) -> None:
     """Raise ``TypeError`` for what isn't a network of its own, with what to hand in instead."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"The model must be an nn.Module, but it is a {type(model).__name__}.")
+    check_module(model)
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         raise TypeError("There are hooks on all modules: remove them while you prune.")
     for name, layer in model.named_modules():

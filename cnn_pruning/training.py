@@ -14,8 +14,10 @@ from torch.utils.data import Dataset
 from cnn_pruning.data import batches, epoch
 from cnn_pruning.model import CNN
 from cnn_pruning.passes import (
+    check_function,
     copy_of,
     device_of,
+    differentiable,
     evaluation,
     integer,
     on_device,
@@ -90,10 +92,13 @@ def fit(
     ``FloatingPointError`` if the loss stops being finite, and ``ranks.RankLost``.
     """
     epochs, lr, seed = check_settings(epochs, lr, seed)
+    if on_epoch is not None:
+        check_function("on_epoch", on_epoch, "row")
     batch_size = integer("batch_size", batch_size, 1)
     loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
     evaluate(model, val)  # raises, if it must, before the model changes
     check_trainable(model, train, batch_size)
+    precision = mixed_precision(model, train)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=max(1, steps))
@@ -109,7 +114,7 @@ def fit(
             for number in range(1, epochs + 1):
                 total = 0.0
                 for images, labels, divisor in epoch(loader, train, batch_size):
-                    total += update(network, optimizer, images, labels, divisor)
+                    total += update(network, optimizer, images, labels, divisor, precision)
                     schedule.step()
                     advance()
                 make_same(model, train)
@@ -127,7 +132,7 @@ def fit(
                     "val_accuracy": val_accuracy,
                 }
                 history.append(row)
-                if on_epoch:
+                if on_epoch is not None:
                     on_epoch(dict(row))
         except Exception:
             model.load_state_dict(before)
@@ -136,21 +141,28 @@ def fit(
 
 
 def update(
-    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, divisor: float
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    divisor: float,
+    precision: torch.autocast,
 ) -> Tensor:
     """Make one step of ``optimizer`` on a mini-batch; return its summed loss, a scalar.
 
     The gradients stay until the next step. They are those of the *mean* loss, with the ``divisor``
-    of ``epoch``.
+    of ``epoch``. The forward pass has the ``precision`` of ``mixed_precision``.
     """
     device = device_of(model)
     images, labels = on_device(images, device), on_device(labels, device)
     optimizer.zero_grad()
-    with meeting() if isinstance(model, DistributedDataParallel) else nullcontext():
-        with mixed_precision(model):
+    parallel = isinstance(model, DistributedDataParallel)
+    with meeting() if parallel else nullcontext():
+        with precision:
             logits = outputs_of(model, images)
         loss = summed_loss(logits, labels)
-        (loss / divisor).backward()
+        with nullcontext() if parallel else differentiable(loss):
+            (loss / divisor).backward()
     optimizer.step()
     return loss.detach() if divisor < math.inf else torch.zeros_like(loss)
 
@@ -176,12 +188,12 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
             model.zero_grad()
 
 
-def mixed_precision(model: nn.Module) -> torch.autocast:
+def mixed_precision(model: nn.Module, train: Dataset | None = None) -> torch.autocast:
     """Return a block in which a float32 network multiplies in bfloat16, where that is faster.
 
     That is on CPUs with AVX512-BF16 instructions, where it takes a third off an epoch, and for
-    networks of Conv2d, Linear and batch norm layers; elsewhere the block changes nothing. Weights,
-    optimizer and loss stay float32.
+    networks of Conv2d, Linear and batch norm layers that take two images of ``train`` so, if it is
+    given; elsewhere the block changes nothing. Weights, optimizer and loss stay float32.
     """
     known = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False) and all(
@@ -191,7 +203,15 @@ def mixed_precision(model: nn.Module) -> torch.autocast:
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
     )
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+    block = torch.autocast("cpu", torch.bfloat16, enabled=fast)
+    if fast and train is not None:
+        images, _ = next(iter(batches(own(train), 2)))
+        with torch.random.fork_rng([]), torch.no_grad(), evaluation(model), block:
+            try:
+                model(images)
+            except Exception:  # as of index_add, which takes no bfloat16 beside float32
+                return torch.autocast("cpu", torch.bfloat16, enabled=False)
+    return block
 
 
 @contextmanager
@@ -238,11 +258,8 @@ def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:
 
 def check_settings(epochs: int, lr: float, seed: int) -> tuple[int, float, int]:
     """Return the settings as Python's numbers; raise ``ValueError`` if ``fit`` can't use them."""
-    return integer("epochs", epochs, 0), positive("lr", lr), _seed(seed)
-
-
-def _seed(seed: int) -> int:
-    seed = integer("seed", seed, -(2**63))
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2**64, but it is {seed}.")
-    return seed
+    return (
+        integer("epochs", epochs, 0),
+        positive("lr", lr),
+        integer("seed", seed, -(2**63), 2**64 - 1),
+    )

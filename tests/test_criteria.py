@@ -372,6 +372,16 @@ def test_mutual_information_is_that_of_the_ranks_in_tenths_and_the_labels(seed):
         torch.testing.assert_close(scores[name], torch.tensor(expected, dtype=torch.float64))
 
 
+def test_mutual_information_needs_integer_labels():
+    network = random_network(0)
+    images = random_data(network).tensors[0]
+    wrong = [torch.rand(5), torch.arange(5) - 1, torch.zeros(5, 1, dtype=torch.int64)]
+    datasets = [TensorDataset(images, labels) for labels in wrong]
+    for data in (*datasets, [(image, {"label": 1}) for image in images]):
+        with pytest.raises(ValueError, match="Mutual information needs integer labels"):
+            filter_scores(network.model, data, "mutual_information")
+
+
 def test_mutual_information_is_nothing_for_a_dead_filter_and_all_for_a_perfect_one():
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)).double()
     with torch.no_grad():

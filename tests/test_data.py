@@ -175,6 +175,14 @@ def test_a_root_that_is_a_file_is_an_error_that_names_it(tmp_path):
     assert not isinstance(error.value, ConnectionError)
 
 
+@pytest.mark.parametrize("root", [1, [], b"data", "a\0b", "~nobody-of-this-name"])
+def test_a_root_that_is_no_path_is_an_error_that_shows_it(root):
+    with pytest.raises(
+        ValueError, match=f"root must be a folder, but it is {re.escape(repr(root))}"
+    ):
+        fashion_mnist(root)
+
+
 def test_a_folder_that_can_not_be_written_to_is_an_error_that_names_it(root, monkeypatch):
     raw = raw_of(root)
     raw.chmod(0o500)

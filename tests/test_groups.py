@@ -403,6 +403,21 @@ def test_what_cannot_be_removed_exactly_is_refused(norm, why):
     remove_groups(model, select_filters(scores, 2), data)
 
 
+def test_layers_that_share_a_weight_are_refused():
+    layers = {name: conv(4, 4) for name in "abc"}
+    model = Net(
+        lambda m, x: m.head(F.relu(m.c(F.relu(m.b(F.relu(m.a(m.first(x)))))))),
+        **{"first": conv(2, 4), **layers, "head": head(4)},
+    )
+    model.c.weight = model.b.weight
+    data = random_images()
+    with pytest.raises(TypeError, match=r"can't lose .*: [bc] shares a weight with another layer"):
+        group_scores(model, data)
+    scores = group_scores(model, data, keep=["a", "b", "c"])
+    assert list(scores) == ["first"]
+    remove_groups(model, select_filters(scores, 2), data)
+
+
 @pytest.mark.parametrize(
     "filters, message",
     [

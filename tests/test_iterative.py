@@ -25,6 +25,7 @@ def dataset(size, seed=0):
 
 
 TRAIN, VAL = dataset(48), dataset(20, seed=1)
+NOT_A_NUMBER = TensorDataset(VAL.tensors[0] * torch.nan, VAL.tensors[1])
 
 
 def network(channels=(3, 4)):
@@ -32,9 +33,9 @@ def network(channels=(3, 4)):
     return CNN(channels)
 
 
-def steps(model=None, **options):
+def steps(model=None, val=VAL, **options):
     options = {"updates": 2, "batch_size": 16, **options}
-    return list(prune_iteratively(model or network(), TRAIN, VAL, **options))
+    return list(prune_iteratively(model or network(), TRAIN, val, **options))
 
 
 @PROPERTY
@@ -148,6 +149,10 @@ def test_the_same_seed_gives_the_same_steps():
         ({"filters": 5, "lr": 0}, "lr"),
         ({"filters": 5, "batch_size": 0}, "batch_size"),
         ({"filters": 5, "criterion": "tailor"}, "tailor"),
+        (
+            {"filters": 5, "val": NOT_A_NUMBER},
+            "loss on the validation images is nan from the start",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_trained(options, message):
@@ -156,6 +161,12 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_trained(option
     with pytest.raises(ValueError, match=message):
         steps(model, **options)
     assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize("rescore", [None, "normalize", lambda scores: scores])
+def test_a_rescore_that_is_no_function_of_two_is_refused_at_the_first_step(rescore):
+    with pytest.raises(TypeError, match=r"rescore must be a function of \(network, scores\)"):
+        steps(filters=5, rescore=rescore)
 
 
 def test_torchinfo_counts_the_same_multiply_adds_and_the_biases_besides():

@@ -23,7 +23,7 @@ from cnn_pruning import (
     select_filters,
 )
 from cnn_pruning.iterative import prune_iteratively
-from cnn_pruning.measure import count_macs, latency
+from cnn_pruning.measure import count_macs, count_parameters, latency
 
 
 def images_of(size=12, shape=(1, 8, 8), classes=3):
@@ -179,6 +179,38 @@ def test_probabilities_are_told_from_logits_and_log_probabilities():
     evaluate(network(nn.Softplus()), DATA)  # positive, but rows don't sum to 1
 
 
+class Overwrites(nn.Module):
+    """Sigmoid needs what it put out, and the ReLU behind it has overwritten that."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3)
+        self.head = nn.Linear(80, 3)
+
+    def forward(self, x):
+        x = self.second(self.first(x).tanh())
+        return self.head(torch.flatten(F.relu(x.sigmoid(), inplace=True), 1))
+
+
+@pytest.mark.parametrize("kind", [Overwrites, lambda: network(nn.Hardsigmoid())])
+def test_what_pytorch_cannot_differentiate_is_said_and_nothing_is_changed(kind):
+    model = kind()
+    before = state_of(model)
+    uses = [lambda: filter_scores(model, DATA, "obd")]
+    if kind is Overwrites:
+        uses += [
+            lambda: filter_scores(model, DATA),
+            lambda: fit(model, DATA, DATA, epochs=1),
+            lambda: next(prune_iteratively(model, DATA, DATA, filters=3, updates=1)),
+            lambda: next(prune_iteratively(model, DATA, DATA, filters=3, updates=0)),
+        ]
+    for use in uses:
+        with pytest.raises(TypeError, match=r"PyTorch can't differentiate the network .*inplace"):
+            use()
+    assert_same(state_of(model), before)
+    filter_scores(model, DATA, "activation_mean")
+
+
 # A cost of one's own
 
 
@@ -238,6 +270,52 @@ def test_a_cost_without_a_gradient_is_refused():
             filter_scores(network(), DATA, cost=cost)
 
 
+@pytest.mark.parametrize(
+    ("cost", "error", "message"),
+    [
+        ("mse", TypeError, r"cost must be a function of \(outputs, labels\), but it is 'mse'"),
+        (lambda outputs: outputs, TypeError, r"cost must be a function of \(outputs, labels\)"),
+        (lambda o, y: o @ y, ValueError, r"The cost failed on a mini-batch: .*mat"),
+        (lambda o, y: o.foo, ValueError, r"The cost failed on a mini-batch: .*'foo'"),
+        (lambda o, y: {}["missing"], KeyError, "missing"),  # one's own errors come through
+    ],
+)
+def test_a_cost_that_fails_is_named(cost, error, message):
+    for use in (
+        lambda: filter_scores(network(), DATA, cost=cost),
+        lambda: filter_scores(network(), DATA, "oracle", cost=cost),
+    ):
+        with pytest.raises(error, match=message):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "error", "message"),
+    [
+        (lambda z: z.mean(2), TypeError, r"criterion must be a function of \(feature map, grad"),
+        (torch.sum, ValueError, "The criterion failed on a mini-batch: sum"),
+        (lambda z, g: z @ g, ValueError, "The criterion failed on a mini-batch: "),
+    ],
+)
+def test_a_criterion_that_fails_is_named(criterion, error, message):
+    with pytest.raises(error, match=message):
+        filter_scores(network(), DATA, criterion)
+
+
+def test_layers_without_weights_yet_are_refused_and_stay_so():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(3))
+    for use in (
+        lambda: evaluate(model, DATA),
+        lambda: fit(model, DATA, DATA),
+        lambda: count_parameters(model),
+        lambda: count_macs(model, (1, 8, 8)),
+        lambda: latency(model, batch_size=1, image_shape=(1, 8, 8)),
+    ):
+        with pytest.raises(TypeError, match="without weights yet: run one batch through it first"):
+            use()
+    assert model[0].has_uninitialized_params()
+
+
 @pytest.mark.parametrize("wrong", [None, "resnet18", [1], {"a": 1}])
 def test_what_is_no_network_is_refused_by_every_function(wrong):
     for use in (
@@ -262,11 +340,11 @@ def test_a_cost_that_is_not_one_number_for_each_example_is_refused(cost):
 
 
 class Items(Dataset):
-    def __init__(self, item):
-        self.item = item
+    def __init__(self, item, size=12):
+        self.item, self.size = item, size
 
     def __len__(self):
-        return 12
+        return self.size
 
     def __getitem__(self, i):
         return self.item(*DATA[i])
@@ -281,6 +359,11 @@ NOT_PAIRS = {
     "PIL images": Items(lambda x, y: (Image.new("L", (8, 8)), int(y))),
     "words for labels": Items(lambda x, y: (x, "shoe")),
     "a loader": DataLoader(DATA),
+    "no length": Items(lambda x, y: (x, y), size=None),
+    "a length below 0": Items(lambda x, y: (x, y), size=-1),
+    "no tensors": TensorDataset(),
+    "a number": torch.tensor(1.0),
+    "a generator": iter(DATA),
 }
 NOT_TAKEN = {
     "bytes": TensorDataset((DATA.tensors[0] * 255).to(torch.uint8), DATA.tensors[1]),

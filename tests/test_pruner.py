@@ -1,4 +1,5 @@
 import copy
+import itertools
 import random
 
 import pytest
@@ -373,7 +374,8 @@ def used_twice(layer):
         (around(nn.PReLU(4)), r"^2 is a PReLU"),
         (used_twice(nn.Conv2d(4, 4, 3, padding=1)), r"^2 is used twice"),
         (used_twice(nn.BatchNorm2d(4)), r"^2 is used twice"),
-        (around(nn.Flatten(2), nn.Unflatten(2, (6, 6))), r"^2 is a Flatten"),
+        (around(nn.Flatten(1, 2), nn.Unflatten(1, (4, 6))), r"^2 is a Flatten"),
+        (around(nn.Flatten(2), nn.Unflatten(2, (6, 6))), r"^3 is a Unflatten"),
         # It mixes the columns of an image and not its channels.
         (around(nn.Linear(6, 6)), r"^2 "),
         (around(Forked()), "can't be read as a chain"),
@@ -504,10 +506,23 @@ def test_layers_to_keep_are_named_as_they_are():
         select_filters(scores, 1, keep=["conv1"])
     with pytest.raises(ValueError, match=r"0 to 1 \(0 of 0, 1 of 2\)"):
         select_filters(scores, 2, keep=["0"])
+    for keep in (None, 1, [1], [["0"]], itertools.repeat("0")):  # the last one never ends
+        with pytest.raises(TypeError, match="keep must be a list of names of layers"):
+            select_filters(scores, 1, keep=keep)
+        with pytest.raises(TypeError, match="keep must be a list of names of layers"):
+            TaylorPruner(CNN((2,)), keep=keep)
 
 
 @pytest.mark.parametrize(
-    "scores", [None, [1.0], {"0": [1.0]}, {"0": torch.ones(2, 2)}, {"0": torch.tensor([True])}]
+    "scores",
+    [
+        *(None, [1.0], {"0": [1.0]}, {"0": torch.ones(2, 2)}, {"0": torch.tensor([True])}),
+        *(
+            {0: torch.ones(2)},
+            {"0": torch.ones(2, device="meta")},
+            {"0": torch.eye(2)[0].to_sparse()},
+        ),
+    ],
 )
 def test_what_are_not_scores_are_an_error_that_says_what_scores_are(scores):
     for use in (normalize, lambda s: select_filters(s, 1)):

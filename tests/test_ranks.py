@@ -1,6 +1,7 @@
 """What several processes compute together is what one process computes alone."""
 
 import os
+import re
 import signal
 import time
 import warnings

@@ -151,6 +151,62 @@ def test_mixed_precision_stays_near_float32_and_leaves_float32_weights():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+class Tail(nn.Module):
+    """A network whose ``forward`` ends in ``what``; bfloat16 is known by its coarse grid."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.network, self.what, self.seen = network(), what, set()
+
+    def forward(self, x):
+        y = self.network(x)
+        self.seen.add(y.dtype)
+        return self.what(y)
+
+
+def assigned(y):
+    out = torch.zeros(len(y), 2)
+    out[torch.arange(len(y))] = y
+    return out
+
+
+TAILS = {
+    "none": lambda y: y,
+    "index_add": lambda y: torch.zeros(len(y), 2).index_add(0, torch.arange(len(y)), y),
+    "scatter_add": lambda y: torch.zeros(len(y), 2).scatter_add(
+        1, torch.tensor([[0, 1]]).expand(len(y), 2), y
+    ),
+    "assigned": assigned,
+    "lerp": lambda y: torch.lerp(torch.zeros(len(y), 2), y, 1.0),
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_network_that_takes_no_bfloat16_is_trained_in_float32(tail, monkeypatch):
+    def trained(bfloat16):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
+        model = Tail(TAILS[tail])
+        history = fit(model, TRAIN, VAL, epochs=1, batch_size=8)
+        return model.seen, (history, dict(model.state_dict()))
+
+    seen, result = trained(True)
+    if tail == "none":
+        assert seen == {torch.bfloat16, torch.float32}  # in training and in evaluation
+    else:
+        plain, expected = trained(False)
+        assert plain == {torch.float32}
+        assert_same(result, expected)
+
+
+def test_on_epoch_must_be_a_function_of_a_row_from_the_start():
+    model = network()
+    before = state_of(model)
+    for wrong in (1, "print", lambda: None):
+        with pytest.raises(TypeError, match=r"on_epoch must be a function of \(row\)"):
+            fit(model, TRAIN, VAL, epochs=1, on_epoch=wrong)
+    assert_same(state_of(model), before)
+
+
 def test_an_epoch_shows_every_example_once_in_another_order():
     shown = []
 
