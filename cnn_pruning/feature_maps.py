@@ -16,13 +16,17 @@ from cnn_pruning.passes import (
     device_of,
     differentiable,
     evaluation,
-    on_device,
     outputs_of,
+    pieces,
     summed_loss,
 )
 
 Maps = dict[str, tuple[Tensor, Tensor | None]]
 """(z, dC/dz) by name of convolution, both (N, K, M), for K filters at M positions."""
+
+# On a CPU, so many images go through at once that their feature maps have some 10 MiB: more leave
+# the cache, and below 32 images what each operation costs by itself counts (measured).
+BYTES, FEWEST = 10 * 2**20, 32
 
 
 def feature_maps(
@@ -32,21 +36,22 @@ def feature_maps(
     gradient: bool = True,
     cost: Cost | None = None,
 ) -> Iterator[tuple[Tensor, Maps]]:
-    """Yield, for every mini-batch, its labels (N,) and (z, dC/dz) by name of convolution.
+    """Yield, for mini-batches or pieces of them, labels (N,) and (z, dC/dz) by convolution.
 
     z and dC/dz are (N, K, M), for K filters at M positions, in the model's dtype and on its device.
     C is each example's own cross-entropy, or its ``cost``. Without ``gradient``, dC/dz is None and
     only a forward pass is made.
 
-    The network runs in evaluation mode, and is as it was whenever a mini-batch is handed out.
+    The network runs in evaluation mode, and is as it was whenever something is handed out.
     Raises ``TypeError`` if it isn't a chain, and ``ValueError`` for an empty dataset.
     """
     chain = read_chain(model)
     loader = batches(data, batch_size)
     if not chain.links:
         return
-    device = device_of(chain.model)
+    filters = chain.filters()
     found: dict[str, Tensor] = {}
+    at_once = FEWEST
 
     def keep(layer: str, z: Tensor) -> Tensor | None:
         if gradient:
@@ -56,22 +61,20 @@ def feature_maps(
         found[layer] = z
         return None
 
-    for images, labels in loader:
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(gradient),
-            evaluation(chain.model),
-            on_feature_maps(chain, keep),
-        ):
-            images, labels = on_device(images, device), on_device(labels, device)
-            outputs = outputs_of(chain.model, images)
+    def most() -> int:
+        return at_once
+
+    for images, labels in pieces(loader, device_of(chain.model), most):
+        with torch.inference_mode(False), torch.set_grad_enabled(gradient):
+            with evaluation(chain.model), on_feature_maps(chain, keep):
+                outputs = outputs_of(chain.model, images)
             check_found(chain, found, len(images))
             gradients = [None] * len(found)
             if gradient:  # of the sum, so that each example has its own
                 loss = summed_loss(outputs, labels, cost)
                 with differentiable(loss):
                     gradients = torch.autograd.grad(loss, list(found.values()))
-        filters = chain.filters()
+        at_once = max(FEWEST, len(images) * BYTES // sum(z.nbytes for z in found.values()))
         yield (
             labels,
             {

@@ -1,9 +1,14 @@
 """What a network costs: parameters, multiply-adds, milliseconds."""
 
 import copy
+import ctypes
+import os
 import random
 import statistics
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -42,22 +47,18 @@ def latency(
     For each model (median, first quartile, third quartile) over ``repeats`` passes of
     ``batch_size`` random images, after five that are not counted. Measured are copies in
     evaluation mode. They take turns in random order, so that what else the machine does, and what
-    the pass before left in the memory, slows all of them alike. ``image_shape`` is as in
-    ``count_macs``.
-
-    On Linux, large batches are measured reliably only if the C library keeps their buffers from
-    pass to pass: set MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to 1000000000 beforehand.
+    the pass before left in the memory, slows all of them alike, and ``buffers_kept`` meanwhile.
+    ``image_shape`` is as in ``count_macs``.
     """
     repeats = integer("repeats", repeats, 2)
-    images = [_images(model, batch_size, image_shape) for model in models]
-    networks = [copy.deepcopy(model).eval() for model in models]
-    times: list[list[float]] = [[] for _ in models]
-    for network, batch in zip(networks, images, strict=True):
-        with torch.no_grad():
+    with buffers_kept(), torch.no_grad():
+        images = [_images(model, batch_size, image_shape) for model in models]
+        networks = [copy.deepcopy(model).eval() for model in models]
+        times: list[list[float]] = [[] for _ in models]
+        for network, batch in zip(networks, images, strict=True):
             outputs_of(network, batch)  # raises, if it must, in a sentence
-    turns = list(zip(networks, images, times, strict=True))
-    shuffle = random.Random(0).shuffle
-    with torch.no_grad():
+        turns = list(zip(networks, images, times, strict=True))
+        shuffle = random.Random(0).shuffle
         for _ in range(4 + repeats):  # and one pass before
             shuffle(turns)
             for network, batch, row in turns:
@@ -68,6 +69,34 @@ def latency(
                 row.append(1000 * (time.perf_counter() - start))
     quartiles = [statistics.quantiles(row[4:], n=4) for row in times]
     return [(median, first, third) for first, median, third in quartiles]
+
+
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Keep freed memory with the process for the block, on Linux with glibc.
+
+    Left alone, glibc gives large buffers back to the system after each pass, or doesn't, by what
+    was allocated before. If it does, every page of the next pass is faulted in again: the same pass
+    takes 16 ms in one process and 40 in another.
+
+    glibc can't say what its thresholds were. Afterwards they are the highest to which it raises
+    them by itself, as soon as a program has freed a buffer of 32 MiB, and free memory is given
+    back. Thresholds that the environment sets stay as they are. Elsewhere, nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    if mallopt is None or any(name in os.environ for name in chosen):
+        yield
+        return
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    mallopt(trim, 1 << 30)
+    mallopt(mmap, 1 << 30) or mallopt(mmap, 1 << 25)  # the most that an old glibc takes
+    try:
+        yield
+    finally:
+        mallopt(mmap, 1 << 25)
+        mallopt(trim, 1 << 26)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, ...] | None) -> torch.Tensor:

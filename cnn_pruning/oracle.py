@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.data import batches
-from cnn_pruning.passes import Cost, device_of, evaluation, on_device, outputs_of, summed_loss
+from cnn_pruning.passes import Cost, device_of, evaluation, outputs_of, pieces, summed_loss
 from cnn_pruning.ranks import summed
 from cnn_pruning.scores import Scores
 
@@ -41,8 +41,7 @@ def oracle(
     places = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
     constants = {node: node.meta["constant"] for node in nodes if "constant" in node.meta}
     with evaluation(chain.model):
-        for images, labels in batches(data, batch_size):
-            images, labels = on_device(images, device), on_device(labels, device)
+        for images, labels in pieces(batches(data, batch_size), device):
             start = partial(run.run, initial_env=dict(constants))
             outputs = outputs_of(chain.model, images, start)
             base = summed_loss(outputs, labels, cost).cpu().double()

@@ -5,7 +5,7 @@ import inspect
 import numbers
 import operator
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -222,6 +222,24 @@ def on_device(values: object, device: torch.device) -> object:
     if not isinstance(values, Tensor):
         return values
     return values.clone().to(device) if values.is_inference() else values.to(device)
+
+
+def pieces(
+    loader: Iterable, device: torch.device, most: Callable[[], int] = lambda: 128
+) -> Iterator[tuple[Tensor, object]]:
+    """Yield the mini-batches of ``loader`` on ``device``; on a CPU, ``most()`` images at a time.
+
+    For passes whose result doesn't depend on the batch. What lies between two layers then stays in
+    the cache, and the memory doesn't grow with the batch. Labels that aren't a tensor can't be
+    split, and their mini-batch stays whole.
+    """
+    for images, labels in loader:
+        images, labels = on_device(images, device), on_device(labels, device)
+        whole = device.type != "cpu" or not isinstance(labels, Tensor)
+        while len(images):
+            size = len(images) if whole else most()
+            yield images[:size], labels if whole else labels[:size]
+            images, labels = images[size:], labels if whole else labels[size:]
 
 
 def index(value: object) -> int:

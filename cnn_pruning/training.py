@@ -22,6 +22,7 @@ from cnn_pruning.passes import (
     integer,
     on_device,
     outputs_of,
+    pieces,
     positive,
     summed_loss,
     training_flags,
@@ -46,8 +47,7 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[fl
     loss, correct = 0.0, 0
     loader = batches(data, batch_size)
     with evaluation(model):
-        for images, labels in loader:
-            images, labels = on_device(images, device), on_device(labels, device)
+        for images, labels in pieces(loader, device):
             logits = outputs_of(model, images)
             loss += summed_loss(logits, labels).item()
             correct += (logits.argmax(1) == labels).sum().item()

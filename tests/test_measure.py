@@ -1,3 +1,11 @@
+import ctypes
+import itertools
+import platform
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,8 +13,13 @@ from networks import PROPERTY, SEEDS, assert_same, random_network, state_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 from cnn_pruning import CNN, remove_filters
-from cnn_pruning.measure import costs, count_macs, count_parameters, latency
+from cnn_pruning.measure import buffers_kept, costs, count_macs, count_parameters, latency
 
 
 def with_mixed_flags():
@@ -94,6 +107,76 @@ def test_latency_counts_passes_in_evaluation_mode_of_the_batch_size_asked_for():
 
     latency(Watched((2,)).train(), batch_size=3, repeats=4)
     assert passes == [(False, False, (3, 1, 28, 28))] * (5 + 4)
+
+
+class Hungry(CNN):
+    """Notes how many pages the system had to map in during each pass, of 64 MiB."""
+
+    def forward(self, images):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(2**24).fill_(1)  # above glibc's own threshold: it would be mapped each time
+        FAULTS.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return super().forward(images)
+
+
+FAULTS = []
+
+
+def resident():
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another memory allocator")
+def test_latency_keeps_the_memory_of_a_pass_for_the_next_and_gives_it_back_at_the_end(monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    model, before = Hungry((2,)), resident()
+    FAULTS.clear()
+    with pytest.raises(ValueError, match="can't take"):  # after an error too
+        latency(model, batch_size=1, repeats=2, image_shape=(3, 9, 9))
+    assert resident() < before + 2**25  # half of a pass's 64 MiB
+    latency(model, batch_size=1, repeats=10)
+    assert resident() < before + 2**25
+    # Of 16,384 pages. One buffer that has moved in the heap may be mapped anew.
+    assert sorted(FAULTS[5:])[-2] < 100
+
+
+def test_memory_is_left_alone_where_there_is_no_glibc_or_the_user_has_chosen(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the C library was asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        patch.setattr(ctypes, "CDLL", refuse)
+        with buffers_kept():
+            pass
+    for known, environment in (({}, {}), ({"mallopt": refuse}, {"MALLOC_TRIM_THRESHOLD_": "1"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(ctypes, "CDLL", lambda _, known=known: SimpleNamespace(**known))
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with buffers_kept():
+                pass
+
+
+def test_latency_does_not_count_its_warm_up(monkeypatch):
+    # Passes of 1,000 s before it is warm, then of 1 s: five that aren't counted.
+    clock = itertools.count()
+    ticks = {2 * k + 1: 1000.0 for k in range(4)}
+    now = [0.0]
+
+    def perf_counter():
+        now[0] += ticks.get(next(clock), 0.5)
+        return now[0]
+
+    monkeypatch.setattr(time, "perf_counter", perf_counter)
+    assert latency(CNN((2,)), batch_size=1, repeats=2) == [(500.0, 500.0, 500.0)]
+
+
+def test_multiply_adds_of_a_layer_with_a_stride_are_those_at_the_size_of_its_output():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(100, 2))
+    assert count_macs(model, (1, 10, 10)) == 9 * 4 * 5 * 5 + 100 * 2
 
 
 def test_latency_leaves_the_network_as_it_was():
