@@ -116,6 +116,10 @@ def steps(train, val, model=None, **options):
     ]
 
 
+def at_random(network, scores):
+    return {layer: torch.rand(len(values)) for layer, values in scores.items()}
+
+
 def group_scores(data):
     from cnn_pruning.groups import group_scores
 
@@ -169,6 +173,8 @@ def alone():
         "pool, evaluate": evaluate(network(), pool(part)),
         "not shared": filter_scores(network(), part),
         "norm": fitted(divide(TRAIN), divide(VAL), network(norm=True), **FIT),
+        "norm, steps": steps(divide(TRAIN), divide(VAL), network(norm=True), updates=2),
+        "random rescore": steps(divide(TRAIN), divide(VAL), updates=0, rescore=at_random),
         "dropout": fitted(divide(TRAIN), divide(VAL), network(dropout=0.5), **FIT),
         "random": steps(divide(TRAIN), divide(VAL), criterion="random", updates=2),
         "other weights": fitted(divide(TRAIN), VAL, network(seed=rank), **FIT),
