@@ -224,6 +224,19 @@ def test_step_by_step_the_options_are_used_and_recorded(store, monkeypatch):
     assert params == {"criterion": "taylor", "removed": "2", "updates": "4", "per_step": "3"}
 
 
+@pytest.mark.parametrize("steps", [(), ("--updates", "1")])
+def test_scores_come_from_the_training_images(store, monkeypatch, steps):
+    def take(model, data, *others, **_):
+        read.append(data)
+        raise FloatingPointError("that is enough")
+
+    read = []
+    monkeypatch.setattr(program, "prune_iteratively", take)
+    monkeypatch.setattr(program, "filter_scores", take)
+    assert program.main([*arguments(epochs="1"), *steps]) == 1
+    assert len(read) == 1 and read[0].tensors[0] is SPLITS[0].tensors[0]
+
+
 # Interrupted
 
 

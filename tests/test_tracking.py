@@ -173,6 +173,24 @@ def test_a_store_elsewhere_leaves_a_checkout_alone_that_nobody_may_write(
     assert {path.name for path in tmp_path.iterdir()} >= {"mlflow.db", "mlflow.db.running"}
 
 
+def test_starts_at_the_same_time_make_one_store(tmp_path, tmp_path_factory, monkeypatch):
+    def make(path, _):
+        made.append(path)
+        time.sleep(0.3)  # as if it were at work; the others look meanwhile
+        path.write_bytes(finished.read_bytes())
+
+    made, found = [], []
+    finished = first_use(tmp_path_factory) / "root" / "mlflow.db"
+    monkeypatch.setattr(tracking, "_make_database", make)
+    with place(tmp_path):
+        threads = [threading.Thread(target=lambda: found.append(tracking.connect())) for _ in "12"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(made) == 1 and len(found) == 2 and len(set(found)) == 1
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_database_of_the_users_own_is_made_whole_or_not_at_all_too(tmp_path, monkeypatch, error):
     made = []
@@ -337,6 +355,22 @@ def test_the_next_start_marks_the_runs_of_the_dead_and_no_others(store, shared, 
         process.kill()
         process.join()
     assert not list(shared[0].glob("mlflow.db.running/*.alive"))
+
+
+def test_a_run_that_ended_before_its_process_died_stays_as_it_ended(store, shared):
+    with tracking.run("finished") as finished:
+        pass
+    left = shared[0] / "mlflow.db.running" / f"{finished.info.run_id}.alive"
+    left.touch()
+    tracking.connect()
+    assert status(finished.info.run_id) == "FINISHED" and not left.exists()
+
+
+def test_what_belongs_to_a_server_lies_in_the_users_home_and_tells_no_password(tmp_path):
+    with place(tmp_path):
+        folder = tracking._folder_of_this_machine("https://me:secret@runs.example:80/team")
+    assert tmp_path in folder.parents
+    assert "runs.example" in folder.name and "secret" not in str(folder)
 
 
 # Networks
