@@ -265,6 +265,16 @@ def test_batch_norm_behind_a_flatten_loses_the_block_of_each_filter():
     assert remove_filters(model, {"0": [1]})[3].num_features == 3 * 36
 
 
+def test_a_convolution_behind_a_linear_layer_starts_anew():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 50), nn.ReLU()),
+        *(nn.Unflatten(1, (2, 5, 5)), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(12, 3)),
+    )
+    assert check_exact(model, data().tensors[0]) == ["0", "6"]
+
+
 def test_a_copy_keeps_the_layout_of_its_weights():
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 3)
@@ -305,6 +315,14 @@ REFUSED = {
     "mean over channels": (lambda m, x: m.head(m.second(m.first(x)).mean(1)), "AdaptiveAvgPool2d"),
     "computed shapes": (lambda m, x: m.head(maps(m, x).view(int(x.size(0)), -1)), "flatten"),
     "squeezed maps": (lambda m, x: m.head(maps(m, x).squeeze(-1).squeeze(-1)), "^squeeze"),
+    "squeezed maps behind points": (
+        lambda m, x: m.head(m.second(F.adaptive_avg_pool2d(m.first(x), 1)).squeeze(-1).squeeze(-1)),
+        "^squeeze",
+    ),
+    "squeezed maps made of points": (
+        lambda m, x: m.head(F.interpolate(points(m, x), scale_factor=4).squeeze(-1).squeeze(-1)),
+        "^squeeze",
+    ),
     "squeezed batches": (lambda m, x: m.head(points(m, x).squeeze()), "^squeeze"),
     "one channel": (lambda m, x: m.head(maps(m, x)[:, 0]), "^getitem"),
     "one row": (lambda m, x: m.head(maps(m, x)[:, :, 0]), "^getitem"),

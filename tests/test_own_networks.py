@@ -171,6 +171,23 @@ def test_outputs_that_are_not_logits_are_refused(what, message):
     assert_same(state_of(model), before)
 
 
+@pytest.mark.parametrize("wrong", [-1, 3, -100, 10**9])
+def test_labels_are_from_0_to_one_less_than_the_outputs(wrong):
+    labels = torch.tensor([0, 2, 1, wrong])
+    data = TensorDataset(DATA.tensors[0][:4], labels)
+    model = network()
+    before = state_of(model)
+    for use in (
+        lambda: evaluate(model, data),
+        lambda: filter_scores(model, data),
+        lambda: fit(model, data, DATA, epochs=1),
+    ):
+        with pytest.raises(ValueError, match="labels must be from 0 to 2"):
+            use()
+    assert_same(state_of(model), before)
+    evaluate(model, TensorDataset(DATA.tensors[0][:3], labels[:3]))
+
+
 def test_probabilities_are_told_from_logits_and_log_probabilities():
     expected, _ = evaluate(network(), DATA)
     assert evaluate(network(nn.LogSoftmax(1)), DATA)[0] == pytest.approx(expected, rel=1e-5)
