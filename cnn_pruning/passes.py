@@ -221,7 +221,8 @@ def on_device(values: object, device: torch.device) -> object:
     """``values`` on ``device``, and free of inference mode; what isn't a tensor stays as it is."""
     if not isinstance(values, Tensor):
         return values
-    return values.clone().to(device) if values.is_inference() else values.to(device)
+    with torch.inference_mode(False):  # where a copy is free of it
+        return values.clone().to(device) if values.is_inference() else values.to(device)
 
 
 def pieces(
