@@ -142,7 +142,7 @@ def commands(_commands):
     started, folder, uri = _commands
     ended = {}
     for ends, process in started.items():
-        process.wait(60)
+        process.wait(300)
         texts = [(folder / f"{ends}.{name}").read_text() for name in ("out", "err")]
         ended[ends] = (process.returncode, *texts)
     return ended, uri
