@@ -231,8 +231,8 @@ def pieces(
     """Yield the mini-batches of ``loader`` on ``device``; on a CPU, ``most()`` images at a time.
 
     For passes whose result doesn't depend on the batch. What lies between two layers then stays in
-    the cache, and the memory doesn't grow with the batch. Labels that aren't a tensor can't be
-    split, and their mini-batch stays whole.
+    the cache, and the memory doesn't grow with the batch. Labels that aren't a tensor stay whole,
+    for the caller to refuse.
     """
     for images, labels in loader:
         images, labels = on_device(images, device), on_device(labels, device)

@@ -79,6 +79,32 @@ def test_scores_do_not_depend_on_the_batch_size(seed):
         torch.testing.assert_close(scores, whole)
 
 
+def test_a_large_batch_goes_through_in_pieces_so_that_the_memory_does_not_grow_with_it():
+    sizes = []
+
+    def watched(feature_map, gradient):
+        sizes.append(len(feature_map))
+        return taylor(feature_map, gradient)
+
+    def cost(outputs, labels):
+        sizes.append(len(outputs))
+        return cross_entropy(outputs, labels, reduction="none")
+
+    layers = [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(32, 3)).double()
+    data = TensorDataset(torch.randn(300, 1, 30, 100).double(), torch.arange(300) % 3)
+    scores = filter_scores(model, data, watched, batch_size=300)
+    # The feature maps of an image have 2 * 30 * 100 * 8 bytes.
+    assert sum(sizes) == 300
+    assert 5e6 < max(sizes) * 48_000 < 2e7
+    torch.testing.assert_close(scores, filter_scores(model, data, "taylor", batch_size=25))
+
+    sizes.clear()
+    truth = filter_scores(model, data, "oracle", batch_size=300, cost=cost)
+    assert 32 <= max(sizes) <= 128
+    torch.testing.assert_close(truth, filter_scores(model, data, "oracle", batch_size=25))
+
+
 @PROPERTY
 @given(SEEDS)
 def test_scores_do_not_depend_on_the_order_of_the_examples(seed):

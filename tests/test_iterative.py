@@ -1,8 +1,13 @@
+import copy
+
 import pytest
 import torch
 import torchinfo
 from hypothesis import given
 from networks import PROPERTY, SEEDS, assert_same, random_data, random_network, state_of
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
 from cnn_pruning import (
@@ -13,6 +18,7 @@ from cnn_pruning import (
     mask_filters,
     remove_filters,
 )
+from cnn_pruning.data import batches
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import count_macs, count_parameters
 from cnn_pruning.scores import normalize, select_filters
@@ -116,6 +122,43 @@ def test_the_scores_of_the_updates_are_those_of_a_pass_where_nothing_moves():
     model = network()
     (step,) = steps(model, filters=6, updates=3, lr=1e-12)  # one epoch of 48 images
     assert step.removed == select_filters(normalize(filter_scores(model, TRAIN)), 1)
+
+
+def test_a_step_is_updates_of_adam_and_the_scores_are_those_of_their_own_passes():
+    # With dropout, so that it shows whether a pass is one of training, and with what draws.
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(3, 2, 3), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)).double()
+    data = TensorDataset(torch.randn(11, 1, 6, 6).double(), torch.arange(11) % 3)
+
+    expected, seed = copy.deepcopy(model).train(), 3
+    optimizer = torch.optim.Adam(expected.parameters(), 0.01)
+    loader = batches(data, 4, torch.Generator().manual_seed(seed))
+    effects = {"0": [], "3": []}
+    torch.manual_seed(seed)
+    for images, labels in loader:  # 4, 4 and 3 of them
+        first = expected[:2](images)
+        second = expected[2:5](first)
+        losses = cross_entropy(expected[5:](second), labels, reduction="none")
+        for name, z in (("0", first), ("3", second)):
+            (slope,) = torch.autograd.grad(losses.sum(), z, retain_graph=True)
+            effects[name].append((z * slope).mean((2, 3)).abs().detach())
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+
+    found = []
+    options = {"updates": 3, "batch_size": 4, "lr": 0.01, "seed": seed}
+
+    def rescore(network, scores):
+        found.append((copy.deepcopy(network.state_dict()), scores))
+        return normalize(scores)
+
+    list(prune_iteratively(model, data, data, filters=4, rescore=rescore, **options))
+    ((weights, scores),) = found
+    # float64: rounding only
+    assert_close(weights, expected.state_dict())
+    assert_close(scores, {name: torch.cat(rows).mean(0) for name, rows in effects.items()})
 
 
 def test_updates_train_the_network():

@@ -572,6 +572,15 @@ def test_the_pruner_keeps_the_scores_that_it_returns():
     assert_same(pruner.scores, scores)
 
 
+def test_the_pruner_keeps_its_scores_when_scoring_anew_fails():
+    torch.manual_seed(0)
+    pruner = TaylorPruner(CNN((3, 4)))
+    scores = copy.deepcopy(pruner.score(digits()))
+    with pytest.raises(ValueError, match="can't take"):
+        pruner.score(TensorDataset(torch.rand(2, 3, 9, 9), torch.tensor([0, 1])))
+    assert_same(pruner.scores, scores)
+
+
 @PROPERTY
 @given(SEEDS)
 def test_pruning_removes_what_was_selected_and_leaves_the_network_untouched(seed):

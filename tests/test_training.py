@@ -5,9 +5,12 @@ import pytest
 import torch
 from networks import assert_same, state_of
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning import evaluate, fit
+from cnn_pruning.data import batches
 
 
 def network(seed=0):
@@ -20,6 +23,11 @@ def network(seed=0):
             nn.Flatten(),
             nn.Linear(64, 2),
         )
+
+
+def with_dropout():
+    model = network()
+    return nn.Sequential(*model[:3], nn.Dropout(0.5), *model[3:])
 
 
 def bright_or_dark(size, seed=0):
@@ -87,6 +95,15 @@ def test_evaluation_does_not_depend_on_the_batch_size_or_the_kind_of_dataset(bat
         assert evaluate(model, data, batch_size) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_large_batch_is_evaluated_in_pieces_so_that_the_memory_does_not_grow_with_it():
+    model, sizes = network(), []
+    model[0].register_forward_hook(lambda layer, inputs, output: sizes.append(len(output)))
+    data = bright_or_dark(300)
+    found = evaluate(model, data, batch_size=300)
+    assert sum(sizes) == 300 and 32 <= max(sizes) <= 128
+    assert found == pytest.approx(evaluate(model, data, batch_size=25), rel=1e-5)  # rounding only
+
+
 def test_evaluation_leaves_nothing_behind():
     model = network()
     for i, module in enumerate(model.modules()):
@@ -114,6 +131,45 @@ def test_a_simple_task_is_learned():
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert evaluate(model, TRAIN)[1] == 1  # half against half differs by 0.5 on average
     assert history[-1]["val_accuracy"] >= 0.9
+
+
+def test_training_is_adam_with_a_rate_that_falls_from_update_to_update_to_a_hundredth():
+    model = with_dropout().double()
+    images, labels = TRAIN.tensors[0][:23].double(), TRAIN.tensors[1][:23]
+    data, lr, epochs, seed = TensorDataset(images, labels), 0.02, 3, 5
+    expected = copy.deepcopy(model).train()
+    loader = batches(data, 5, torch.Generator().manual_seed(seed))
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in expected.parameters()]
+    step, steps = 0, epochs * 5
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            for x, y in loader:
+                slopes = torch.autograd.grad(cross_entropy(expected(x), y), expected.parameters())
+                rate = lr * (1 - 0.99 * step / steps)
+                step += 1
+                parameters = zip(expected.parameters(), slopes, moments, strict=True)
+                for p, slope, (first, second) in parameters:
+                    first.mul_(0.9).add_(0.1 * slope)
+                    second.mul_(0.999).add_(0.001 * slope.square())
+                    size = (second / (1 - 0.999**step)).sqrt() + 1e-8
+                    p.data -= rate * first / (1 - 0.9**step) / size
+    fit(model, data, data, epochs, batch_size=5, lr=lr, seed=seed)
+    assert_close(model.state_dict(), expected.state_dict())  # float64: rounding only
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e-2])
+def test_training_that_fails_leaves_the_weights_as_they_were(lr):
+    model = network().double()
+    data = TensorDataset(TRAIN.tensors[0].double(), TRAIN.tensors[1])
+    before = state_of(model)
+
+    def fail(row):
+        raise OSError
+
+    with pytest.raises((FloatingPointError, OSError)):
+        fit(model, data, data, lr=lr, batch_size=8, on_epoch=fail)
+    assert_same(state_of(model), before)
 
 
 def test_every_epoch_is_a_row_and_on_epoch_sees_it_at_once():
