@@ -3,14 +3,27 @@
 import pandas as pd
 import pytest
 import torch
-from long_runs import pictures, schedules, seeds, whole_tables
+from long_runs import own_network, pictures, residual, schedules, seeds, whole_tables
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import CNN, filter_scores
+from cnn_pruning import CNN, filter_scores, select_filters
+from cnn_pruning.groups import remove_groups
+from cnn_pruning.measure import count_macs
 from cnn_pruning.paths import ROOT
 
-PROGRAMS = pytest.mark.parametrize("program", [seeds, schedules], ids=["seeds", "schedules"])
-TABLES = {seeds.TABLE: seeds, schedules.WAY: schedules, schedules.POINTS: schedules}
+PROGRAMS = pytest.mark.parametrize(
+    "program",
+    [seeds, schedules, own_network, residual],
+    ids=["seeds", "schedules", "own_network", "residual"],
+)
+TABLES = {
+    seeds.TABLE: seeds,
+    schedules.WAY: schedules,
+    schedules.POINTS: schedules,
+    own_network.TABLE: own_network,
+    residual.TABLE: residual,
+}
+NETWORKS = {own_network: own_network.TRAINED.name, residual: residual.TRAINED.name}
 EACH_TABLE = pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 
 
@@ -40,6 +53,11 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
     if program is seeds:
         monkeypatch.setattr(seeds, "compare", lambda seed, splits: make(seed))
         return
+    if program in NETWORKS:
+        monkeypatch.setattr(
+            program, "rows_of_seed", lambda seed, *splits: (make(seed), torch.nn.Linear(seed, 1))
+        )
+        return
     monkeypatch.setattr(schedules, "baseline", lambda *_, seed, **__: (seed, "run"))
     monkeypatch.setattr(
         schedules, "on_the_way", lambda model, train, val, seed: (rows(seed), {"taylor": []})
@@ -50,6 +68,11 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
 
 def tables_of(program):
     return [path.name for path, owner in TABLES.items() if owner is program]
+
+
+def files_of(program):
+    """What a whole run leaves: its tables and, if it stores one, the first seed's network."""
+    return sorted([*tables_of(program), *(NETWORKS[k] for k in NETWORKS if k is program)])
 
 
 def row(seed):
@@ -174,11 +197,14 @@ def test_a_whole_run_writes_its_tables_with_its_settings(program, monkeypatch, t
     fast(program, monkeypatch, row)
     before = {path: path.read_bytes() for path in TABLES}
     program.main(["8", "7", "--out", str(folder)])
-    assert sorted(path.name for path in folder.iterdir()) == sorted(tables_of(program))
-    for path in folder.iterdir():
+    assert sorted(path.name for path in folder.iterdir()) == files_of(program)
+    for path in folder.glob("*.csv"):
         assert whole_tables.read_settings(path) == program.settings([7, 8])
         expected = pd.DataFrame(row(7) + row(8))
         pd.testing.assert_frame_equal(pd.read_csv(path, comment="#"), expected)
+    for path in folder.glob("*.pt"):
+        stored = torch.load(path, weights_only=True)
+        assert stored["weight"].shape == (1, 7), "not the network of the first seed"
     assert {path: path.read_bytes() for path in TABLES} == before
 
 
@@ -187,8 +213,8 @@ def test_the_documented_run_replaces_the_tables_beside_the_program(program, monk
     monkeypatch.setattr(whole_tables, "FOLDER", tmp_path)
     fast(program, monkeypatch, row)
     program.main([])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tables_of(program))
-    for path in tmp_path.iterdir():
+    assert sorted(path.name for path in tmp_path.iterdir()) == files_of(program)
+    for path in tmp_path.glob("*.csv"):
         assert whole_tables.read_settings(path) == program.settings(program.SEEDS)
 
 
@@ -240,6 +266,43 @@ def test_the_first_removal_of_the_oracle_is_that_of_the_smallest_change_without_
     scores = filter_scores(model, TRAIN, "oracle_abs")
     lowest = min((value, layer, k) for layer in scores for k, value in enumerate(scores[layer]))
     assert first == lowest[1:]
+
+
+# Networks
+
+
+@pytest.mark.parametrize("program", NETWORKS, ids=lambda program: program.TABLE.stem)
+def test_a_stored_network_is_the_trained_one_of_the_first_seed(program):
+    model = program.untrained(program.SEEDS[0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(torch.load(program.TRAINED, weights_only=True))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not any(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert program.TRAINED.stat().st_size < 2_000_000
+
+
+def test_the_two_sums_of_a_group_are_one_where_a_group_has_one_map():
+    model = residual.untrained(0)
+    after, before = residual.by_map(model, dataset(40))
+    for name, maps in residual.MAPS.items():
+        if len(maps) == 1:
+            torch.testing.assert_close(after[name], before[name])
+        else:
+            assert (before[name] > after[name]).any()
+
+
+def test_a_residual_network_gets_down_to_the_multiply_adds_with_as_few_removals_as_possible():
+    data, model = dataset(8), residual.untrained(0)
+    scores = {
+        name: torch.arange(float(model.get_submodule(name).out_channels)) for name in residual.MAPS
+    }
+    macs = count_macs(model, residual.IMAGE_SHAPE) // 2
+    small = residual.down_to(model, scores, macs, data)
+    left = sum(small.get_submodule(name).out_channels for name in residual.MAPS)
+    removed_one_less = select_filters(scores, sum(map(len, scores.values())) - left - 1)
+    larger = remove_groups(model, removed_one_less, data)
+    assert count_macs(small, residual.IMAGE_SHAPE) <= macs
+    assert count_macs(larger, residual.IMAGE_SHAPE) > macs
 
 
 # Pictures

@@ -33,7 +33,7 @@ def test_conda_takes_every_dependency_from_the_project():
     lines = [line.strip() for line in (ROOT / "environment.yml").read_text().splitlines()]
     listed = lines[lines.index("dependencies:") + 1 :]
     python, *others = listed
-    assert others == ["- pip", "- pip:", "- -e ."]
+    assert others == ["- pip", "- pip:", "- -e .[graph,onnx]"]
     version = tuple(map(int, python.removeprefix("- python=").split(".")))
     lowest = tuple(map(int, project["requires-python"].removeprefix(">=").split(".")))
     assert version >= lowest
