@@ -16,25 +16,28 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor, nn
 
-# One color for a thing, in every figure. The layers and the removed filters have Okabe and Ito's;
-# the methods keep their distance from the first two layers, from removed filters, and from each
-# other, for color-blind readers too.
+# One color for a thing, in every figure, on a light page and on a dark one. The layers and the
+# removed filters have Okabe and Ito's; the methods keep their distance from the first two layers,
+# from removed filters, and from each other, for color-blind readers too.
+INK = "#7B7B7B"  # words, axes and lines that stand for no method
 LAYERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 REMOVED = "#D55E00"
+FOLLOWS = "#E8AD8C"  # what leaves with a removed filter
+STAYS = "#B8B8B8"
 CONTROL = "#A0A0A0"
 METHODS = {
     "taylor": "#009068",
-    "taylor_abs_first": "#8BDBC4",
+    "taylor_abs_first": "#6CC9AE",
     "oracle": "#97406E",
     "oracle_abs": "#97406E",
-    "greedy": "#531DA7",
+    "greedy": "#7A3FD0",
     "weight": "#62B8F0",
-    "activation_mean": "#C0C66E",
-    "apoz": "#7A3E04",
-    "obd": "#262067",
+    "activation_mean": "#A9B04A",
+    "apoz": "#8A4A0C",
+    "obd": "#4A43A8",
     "random": CONTROL,
     "random, like taylor": CONTROL,
-    "baseline": "#222222",
+    "baseline": "#666666",
     "fine-tuned": "#009068",  # what Taylor left
     "one shot": "#009068",
     "scratch": "#8B80F9",
@@ -43,12 +46,21 @@ NEARLY_DEAD = 1_000  # times less than the highest score
 STYLE = {
     "axes.formatter.limits": (-3, 6),
     "axes.formatter.use_mathtext": True,
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "figure.dpi": 90,
     "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "hatch.color": REMOVED,
     "legend.frameon": False,
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -91,8 +103,8 @@ def png(figure: Figure) -> bytes:
 def _in_256_colors(picture: bytes) -> bytes:
     """The same PNG in less than half of the bytes: a notebook has a megabyte for its figures."""
     file = io.BytesIO()
-    colors = Image.open(io.BytesIO(picture)).convert("RGB")
-    few = colors.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    colors = Image.open(io.BytesIO(picture)).convert("RGBA")
+    few = colors.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     few.save(file, "PNG", optimize=True)
     return file.getvalue()
 
@@ -157,7 +169,7 @@ def score_bars(
     for i, (axis, (layer, values)) in enumerate(zip(axes, scores.items(), strict=True)):
         bars = axis.bar(range(len(values)), values.tolist(), color=LAYERS[i % len(LAYERS)])
         for k in (removed or {}).get(layer, []):
-            bars[k].set(facecolor="white", edgecolor=REMOVED, hatch="////")
+            bars[k].set(facecolor="none", edgecolor=REMOVED, hatch="////")
         axis.set(xlabel=f"filter of convolution {i + 1} ({layer})", xticks=range(len(values)))
     axes[0].set_ylabel(ylabel)
     headline(figure, title)
@@ -283,9 +295,9 @@ def accuracy_by_removed(
             low, high = (100 * accuracy.aminmax(dim=0)[i] for i in (0, 1))
             axis.fill_between(counts, low, high, color=color, alpha=0.2, lw=0)
     if mark is not None:
-        axis.axvline(mark, color="black", lw=1, ls="--")
+        axis.axvline(mark, color=INK, lw=1, ls="--")
         axis.text(mark, 2, f" {mark} filters")
-    axis.axhline(10, color="black", lw=0.5, ls=":")
+    axis.axhline(10, color=INK, lw=0.5, ls=":")
     axis.text(0, 11, "guessing", size=8)
     axis.set(
         xlabel="filters removed, no fine-tuning",
@@ -312,11 +324,11 @@ def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> F
         columns, gone_before = before
         for i, j in torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).tolist():
             as_filter, as_input = i in gone, j in gone_before
-            color = REMOVED if as_filter else "#F0B799" if as_input else "#D9D9D9"
+            color = REMOVED if as_filter else FOLLOWS if as_input else STAYS
             axis.add_patch(Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, color=color, lw=0))
         bias = columns + 0.5  # apart from the weights
         for i in range(rows):
-            color = REMOVED if i in gone else "#D9D9D9"
+            color = REMOVED if i in gone else STAYS
             axis.add_patch(Rectangle((bias - 0.45, i - 0.45), 0.9, 0.9, color=color, lw=0))
         each = layer.weight.numel() // (rows * columns)
         stay = (rows - len(gone)) * (columns - len(gone_before)) * each + rows - len(gone)
@@ -334,7 +346,7 @@ def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> F
         axis.set_xticks([*range(columns), bias], [*range(columns), "bias"])
         axis.tick_params(labelsize=7, length=0)
         before = (rows, gone)
-    handles = [Rectangle((0, 0), 1, 1, color=color) for color in (REMOVED, "#F0B799", "#D9D9D9")]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in (REMOVED, FOLLOWS, STAYS)]
     names = ("removed filter", "what the next layer had for it", "stays")
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     title = "A filter takes along its weights, its bias, and what the next layer had for it"
@@ -380,7 +392,7 @@ def overview(
         for column, k in enumerate(order, start=1):
             gone = k in removed.get(layer, [])
             _picture(top[column], maps[layer][k], cmap="magma", norm=brightness)
-            look = {"fc": "white", "ec": REMOVED, "hatch": "////"} if gone else {"fc": color}
+            look = {"fc": "none", "ec": REMOVED, "hatch": "////"} if gone else {"fc": color}
             bottom[column].bar([0], [values[k]], width=0.4, **look)
             bottom[column].set(xlim=(-0.5, 0.5), ylim=(0, highest))
             if gone:
