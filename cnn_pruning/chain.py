@@ -257,6 +257,8 @@ class _Reading:
         if node.op != "call_module":
             inside = list(node.meta.get("nn_module_stack") or {"": ""})[-1]
             name = f"{node.name}, in {inside}," if inside else node.name
+        if "(write" in why:  # then no other tool is needed
+            return TypeError(f"{name} {why}.")
         return TypeError(
             f"{name} {why}: only chains of Conv2d, BatchNorm2d, activations, pooling, dropout, "
             "Flatten and Linear can be pruned here. For other networks use Torch-Pruning, by way "

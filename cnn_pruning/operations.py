@@ -78,6 +78,17 @@ DROPOUTS = (
     F.alpha_dropout,
     F.feature_alpha_dropout,
 )
+UNKNOWN = {  # what stops a reading often, with what to write instead
+    **dict.fromkeys(
+        ("detach", "detach_", torch.detach),
+        "cuts off the gradient that the scores need (write the line without it, and freeze layers "
+        "by requires_grad_(False))",
+    ),
+    **dict.fromkeys(
+        ("permute", "transpose", "movedim", torch.permute, torch.transpose, torch.movedim),
+        "moves the channels to another axis (write torch.flatten(x, 1) without it)",
+    ),
+}
 CASTS = ("to", "float", "double", "half", "bfloat16", "type")
 ENDS = (
     *(nn.LogSoftmax, nn.Softmax, F.log_softmax, F.softmax, torch.log_softmax, torch.softmax),
@@ -209,10 +220,12 @@ def kind_of(
         return Kind.FLATTEN
     if node.target is F.pad:
         return _pads(node)
+    if node.target is getattr and node.args[1:] == ("data",):
+        return UNKNOWN["detach"]
     kind = CALLS.get(node.target)
     if kind is Kind.ACTIVATION and others:
         return "computes with the shape of the feature maps"
-    return kind or "is an operation that no rule is known for"
+    return kind or UNKNOWN.get(node.target, "is an operation that no rule is known for")
 
 
 def _kind_of_module(layer: nn.Module, axes: int) -> Kind | str:

@@ -5,6 +5,7 @@ works alone, in a distributed program too, so that rank 0 may score or evaluate 
 """
 
 import functools
+import hashlib
 import itertools
 import os
 import signal
@@ -136,12 +137,12 @@ def _of_all(value: object) -> list:
     return values
 
 
-def _digest(model: nn.Module) -> list[int]:
-    """The sum of the bytes of each parameter and buffer, the same however it is laid out."""
-    return [
-        int(value.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
-        for value in _values(model)
-    ]
+def _digest(model: nn.Module) -> bytes:
+    """SHA-256 of the parameters and buffers, the same however they are laid out in memory."""
+    digest = hashlib.sha256()
+    for value in _values(model):
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def _values(model: nn.Module) -> Iterator[Tensor]:

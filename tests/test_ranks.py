@@ -59,6 +59,14 @@ def network(seed=0, norm=False, dropout=0.0):
         return nn.Sequential(layers).double()
 
 
+def rolled(model: nn.Module, by: int) -> nn.Module:
+    """The same numbers in another order: each parameter's first axis is rolled."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(value.roll(by, 0))
+    return model
+
+
 class Resting(nn.Module):
     """A network with a layer that it doesn't use."""
 
@@ -196,6 +204,7 @@ def alone():
     found["errors"] = {
         "lengths": refused(lambda: divide(part)) if len(TRAIN) % several else "",
         "networks": refused(lambda: filter_scores(network(seed=rank), divide(TRAIN))),
+        "order": refused(lambda: filter_scores(rolled(network(), by=rank), divide(TRAIN))),
         "train on parts": refused(lambda: fit(network(), pool(part), VAL)),
         "all empty": refused(lambda: filter_scores(network(), pool(Subset(TRAIN, [])))),
         "norm": refused(lambda: fit(normed, divide(FEW[5]), VAL, batch_size=3)),
@@ -354,6 +363,7 @@ def test_what_the_ranks_can_not_do_together_is_refused_by_all(together):
         errors = found["errors"]
         assert "different lengths, [" in errors["lengths"] and "pool" in errors["lengths"]
         assert "rank 1 isn't that of rank 0" in errors["networks"]
+        assert "rank 1 isn't that of rank 0" in errors["order"]
         assert "divide, not pool" in errors["train on parts"]
         assert "empty" in errors["all empty"]
         assert "single image to a rank" in errors["norm"]
