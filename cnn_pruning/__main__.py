@@ -156,6 +156,7 @@ def prune_in_one_shot(
     removed = select_filters(scores, options.remove)
     small = remove_filters(model, removed)
     if ranks.is_first():
+        plots.use_style()
         figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
         print(f"scores of all filters: {tracking.log_figure(figure, 'scores.png')}")
     val_loss, val_accuracy = evaluate(small, val)

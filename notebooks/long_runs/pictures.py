@@ -19,7 +19,7 @@ from cnn_pruning import (
 from cnn_pruning.baseline import baseline
 from cnn_pruning.measure import count_parameters
 from cnn_pruning.paths import ROOT
-from cnn_pruning.plots import overview
+from cnn_pruning.plots import overview, use_style
 
 import torch
 
@@ -50,6 +50,7 @@ def tagged() -> dict[str, bytes]:
 
 
 def draw_overview() -> None:
+    use_style()
     train, val, test = fashion_mnist()
     model, _ = baseline(
         train, val, test, channels=(8, 16), seed=1, epochs=5, batch_size=128, lr=3e-3
