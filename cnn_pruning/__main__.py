@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
@@ -149,6 +150,10 @@ def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str,
     return {"val accuracy": evaluate(model, val)[1], "test accuracy": evaluate(model, test)[1]}
 
 
+def show(what: str, figure: Figure, name: str) -> None:
+    print(f"{what}: {tracking.log_figure(figure, name)}")
+
+
 def prune_in_one_shot(
     model: CNN, train: TensorDataset, val: TensorDataset, options: argparse.Namespace
 ) -> tuple[CNN, Filters]:
@@ -156,9 +161,8 @@ def prune_in_one_shot(
     removed = select_filters(scores, options.remove)
     small = remove_filters(model, removed)
     if ranks.is_first():
-        plots.use_style()
         figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
-        print(f"scores of all filters: {tracking.log_figure(figure, 'scores.png')}")
+        show("scores of all filters", figure, "scores.png")
     val_loss, val_accuracy = evaluate(small, val)
     tracking.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
     return small, removed
@@ -181,12 +185,26 @@ def prune_step_by_step(
         batch_size=options.batch_size,
         seed=options.seed,
     )
+    left, accuracy = [sum(options.channels)], [evaluate(model, val)[1]]
     for number, step in enumerate(steps, start=1):
         small = step.model
+        left.append(step.filters)
+        accuracy.append(step.val_accuracy)
         for layer, filters in step.removed.items():
             removed[layer] += filters
         names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
         tracking.log_metrics({name: getattr(step, name) for name in names}, number)
+    if ranks.is_first():
+        show(
+            "accuracy by removed filters",
+            plots.accuracy_by_removed(
+                [left[0] - count for count in left],
+                {"taylor": torch.tensor([accuracy])},
+                "Right after each removal",
+                xlabel=f"filters removed, {options.updates} updates before each step",
+            ),
+            "accuracy.png",
+        )
     return small, removed
 
 
@@ -197,6 +215,7 @@ def experiment(
     rows = {}
 
     about = {"channels": options.channels, "remove": options.remove, "epochs": options.epochs}
+    plots.use_style()
     with tracking.run(tracking.title(about | settings)) as parent:
         tracking.log_settings({"remove": options.remove, "device": options.device})
 

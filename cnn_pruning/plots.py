@@ -283,7 +283,11 @@ def _number(axis: Axes, points: Sequence[tuple[float, float, int, str]]) -> None
 
 
 def accuracy_by_removed(
-    counts: Sequence[int], methods: Mapping[str, Tensor], title: str, mark: int | None = None
+    counts: Sequence[int],
+    methods: Mapping[str, Tensor],
+    title: str,
+    mark: int | None = None,
+    xlabel: str = "filters removed, no fine-tuning",
 ) -> Figure:
     """Accuracy (%) against the number of removed filters, for methods named as in ``METHODS``.
 
@@ -304,10 +308,10 @@ def accuracy_by_removed(
     axis.axhline(10, color=INK, lw=0.5, ls=":")
     axis.text(0, 11, "guessing", size=8)
     axis.set(
-        xlabel="filters removed, no fine-tuning",
+        xlabel=xlabel,
         ylabel="validation accuracy (%)",
         ylim=(0, 100),
-        xticks=counts[::2],
+        xticks=counts[:: 1 + len(counts) // 20],
         title=title,
     )
     axis.legend(loc="lower left", bbox_to_anchor=(0, 0.12))
