@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from long_runs import own_network, pictures, residual, schedules, seeds, whole_tables
+from long_runs import own_network, pictures, residual, schedules, seeds, updates, whole_tables
 from torch.utils.data import TensorDataset
 
 from cnn_pruning import CNN, filter_scores, select_filters
@@ -13,13 +13,14 @@ from cnn_pruning.paths import ROOT
 
 PROGRAMS = pytest.mark.parametrize(
     "program",
-    [seeds, schedules, own_network, residual],
-    ids=["seeds", "schedules", "own_network", "residual"],
+    [seeds, schedules, updates, own_network, residual],
+    ids=["seeds", "schedules", "updates", "own_network", "residual"],
 )
 TABLES = {
     seeds.TABLE: seeds,
     schedules.WAY: schedules,
     schedules.POINTS: schedules,
+    updates.TABLE: updates,
     own_network.TABLE: own_network,
     residual.TABLE: residual,
 }
@@ -52,6 +53,9 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
     monkeypatch.setattr(program, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
     if program is seeds:
         monkeypatch.setattr(seeds, "compare", lambda seed, splits: make(seed))
+        return
+    if program is updates:
+        monkeypatch.setattr(updates, "on_the_way", lambda seed, splits: make(seed))
         return
     if program in NETWORKS:
         monkeypatch.setattr(

@@ -26,7 +26,6 @@ except ImportError:  # run as a program
 SEEDS = tuple(range(10))  # of the documented run
 BASELINE = {"channels": (8, 16), "epochs": 3, "batch_size": 128, "lr": 3e-3}
 UPDATES = 30
-OTHER_UPDATES = (0, 10, 100)  # for Taylor and chance
 TRAINING = {"batch_size": 128, "lr": 1e-3}
 FINE_TUNE = {"epochs": 1, "batch_size": 128, "lr": 1e-3}
 SHARES = (0.75, 0.5, 0.25)  # of the baseline's MACs
@@ -49,7 +48,6 @@ def settings(seeds: list[int]) -> dict:
         "seeds": [*seeds],
         "baseline": BASELINE | {"channels": [*BASELINE["channels"]]},
         "updates": UPDATES,
-        "other_updates": [*OTHER_UPDATES],
         "training": TRAINING,
         "fine_tune": FINE_TUNE,
         "shares": [*SHARES],
@@ -118,13 +116,10 @@ def row(step: Step, **labels) -> dict:
 
 def on_the_way(model: CNN, train, val, seed: int) -> tuple[list[dict], dict[str, list[Step]]]:
     rows, found = [], {}
-    plan = [(method, UPDATES) for method in (*CRITERIA, LIKE_TAYLOR)]
-    plan += [(method, updates) for method in ("taylor", "random") for updates in OTHER_UPDATES]
-    for method, updates in plan:
-        steps = list(schedule(model, train, val, method, updates, seed, found.get("taylor", ())))
-        if updates == UPDATES:
-            found[method] = steps
-        rows += [row(step, seed=seed, method=method, updates=updates) for step in steps]
+    for method in (*CRITERIA, LIKE_TAYLOR):
+        like = found.get("taylor", ())
+        found[method] = list(schedule(model, train, val, method, UPDATES, seed, like))
+        rows += [row(step, seed=seed, method=method, updates=UPDATES) for step in found[method]]
     return rows, found
 
 
