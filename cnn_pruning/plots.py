@@ -524,7 +524,7 @@ def rho_by_factor(
     axis.plot(factors, rhos.mean(0), color=METHODS["taylor"], lw=2.5, label="mean of the networks")
     axis.axvline(1, color=INK, lw=1, ls=":", label="raw")
     for label, (places, color) in bands.items():
-        axis.axvspan(min(places), max(places), color=color, alpha=0.4, lw=0, label=label)
+        axis.axvspan(min(places), max(places), color=color, alpha=0.6, lw=0, label=label)
     axis.set(xscale="log", xlabel="factor on the first layer's scores", title=title)
     axis.set_ylabel("Spearman's ρ over all filters")
     axis.xaxis.set_major_formatter("{x:g}")
@@ -532,26 +532,17 @@ def rho_by_factor(
     return figure
 
 
-def cost_against_quality(
-    seconds: Mapping[str, float],
-    found: Mapping[str, tuple[float, float]],
-    by_chance: tuple[float, float],
-    xlabel: str,
-    ylabel: str,
-    title: str,
-) -> Figure:
-    """One named point a criterion: seconds against ρ (mean, half its interval), beside chance."""
-    figure, ((axis,),) = _figure(1, 1, 9, 4.6)
-    axis.axhspan(*by_chance, color=CONTROL, alpha=0.25, lw=0)
-    points = []
-    for name, (mean, half) in found.items():
-        color = METHODS.get(name, INK)
-        look = {"fmt": "*" if name == "oracle" else "o", "ms": 12 if name == "oracle" else 6}
-        axis.errorbar(seconds[name], mean, yerr=half, color=color, lw=1, capsize=2, **look)
-        points.append((seconds[name], mean, name, color))
-    axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+def cost_bars(seconds: Mapping[str, float], notes: Mapping[str, str], title: str) -> Figure:
+    """One bar a criterion, the cheapest first: its seconds, and what ``notes`` says of it."""
+    figure, ((axis,),) = _figure(1, 1, 9, 0.34 * len(seconds) + 1)
+    names = sorted(seconds, key=seconds.get)
+    axis.barh(names, [seconds[n] for n in names], color=[METHODS.get(n, INK) for n in names])
+    for row, name in enumerate(names):
+        axis.annotate(
+            notes[name], (seconds[name], row), (5, 0), textcoords="offset points", va="center"
+        )
+    axis.set(xscale="log", xlabel="seconds", title=title)
+    axis.set_xlim(right=8 * max(seconds.values()))  # room for the notes
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.margins(x=0.15, y=0.1)
-    for x, y, name, color in points:
-        axis.annotate(name, (x, y), (6, 3), textcoords="offset points", size=8, color=color)
+    axis.invert_yaxis()
     return figure
