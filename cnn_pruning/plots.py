@@ -595,3 +595,141 @@ def before_and_after(
     figure.supxlabel("validation accuracy: mean, lowest to highest", size=10)
     headline(figure, title)
     return figure
+
+
+def slices(maps: Mapping[str, Tensor], removed: Mapping[str, int], classes: int = 10) -> Figure:
+    """Drawn so that what belongs to one filter lies on one line: a conv-conv-linear chain.
+
+    ``maps`` are the feature maps (K, H, W) of both convolutions on one image, and ``removed`` is
+    one filter of each. A filter of the first convolution stands above its map, and that above the
+    slices that read it; each row of slices is a filter of the second, with its map and the weights
+    of the linear layer that read it on its right.
+    """
+    (above, below), (k, j) = maps.values(), removed.values()
+    width, height, top = len(above), len(below), 4.2
+    figure, ((axis,),) = _figure(1, 1, 10, 6.6)
+    axis.set(xlim=(-6.2, width + classes + 4.2), ylim=(top + height + 0.2, -1.8), aspect="equal")
+    axis.axis("off")
+
+    def cell(x: float, y: float, color: str) -> None:
+        axis.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, color=color, lw=0))
+
+    def feature_map(x: float, y: float, values: Tensor, gone: bool) -> None:
+        axis.imshow(values, cmap="magma", extent=(x + 0.04, x + 0.96, y + 0.96, y + 0.04))
+        for ys in ((y, y + 1), (y + 1, y)) if gone else ():
+            axis.plot((x, x + 1), ys, color=REMOVED, lw=2)
+
+    for i in range(width):
+        cell(i, 0, REMOVED if i == k else STAYS)
+        feature_map(i, 1.9, above[i], i == k)
+        _arrow(axis, (i + 0.5, 1.05), (i + 0.5, 1.85), REMOVED if i == k else STAYS)
+        _arrow(axis, (i + 0.5, 3.0), (i + 0.5, 4.1), FOLLOWS if i == k else STAYS)
+        for n in range(height):
+            cell(i, top + n, REMOVED if n == j else FOLLOWS if i == k else STAYS)
+    for n in range(height):
+        y = top + n
+        feature_map(width + 1.2, y, below[n], n == j)
+        _arrow(axis, (width + 0.1, y + 0.5), (width + 1.1, y + 0.5), REMOVED if n == j else STAYS)
+        _arrow(axis, (width + 2.3, y + 0.5), (width + 3.3, y + 0.5), FOLLOWS if n == j else STAYS)
+        for c in range(classes):
+            cell(width + 3.4 + c, y, FOLLOWS if n == j else STAYS)
+    beside = {"ha": "right", "va": "center", "size": 10}
+    axis.text(-0.4, 0.5, "convolution 1: its filters", **beside)
+    axis.text(-0.4, 2.4, "its feature maps", **beside)
+    words = "convolution 2:\na row is a filter,\na cell is its slice\nfor the map above"
+    axis.text(-0.4, top + height / 2, words, linespacing=1.5, **beside)
+    axis.text(k + 0.5, -0.4, f"filter {k}", color=REMOVED, ha="center", weight="bold")
+    axis.text(-0.4, top + j + 0.5, f"filter {j}", color=REMOVED, weight="bold", **beside)
+    axis.text(width + 1.7, top - 0.4, "its maps", ha="center", size=10)
+    each = below[0].numel()
+    words = f"linear layer: a row reads one map,\na cell is its {each} weights for one class"
+    axis.text(width + 3.4, top - 0.4, words, size=10)
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in (REMOVED, FOLLOWS, STAYS)]
+    names = ("the filter and its map", "what the next layer has for it", "stays")
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
+    headline(figure, "What belongs to one filter lies on one line")
+    return figure
+
+
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], color: str) -> None:
+    look = {"arrowstyle": "-|>", "color": color, "lw": 1, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", end, start, arrowprops=look)
+
+
+def sorted_changes(changes: Sequence[Mapping[str, Tensor]], titles: Sequence[str]) -> Figure:
+    """For each network, the change of the loss (nats) without each filter, largest first."""
+    figure, (axes,) = _figure(1, len(changes), 12, 2.6, sharey=True)
+    for axis, change, title in zip(axes, changes, titles, strict=True):
+        values = torch.cat(list(change.values()))
+        layers = [LAYERS[i] for i, each in enumerate(change.values()) for _ in each]
+        order = values.argsort(descending=True).tolist()
+        axis.bar(range(len(values)), values[order].tolist(), color=[layers[k] for k in order])
+        axis.set_yscale("symlog", linthresh=1e-3)
+        axis.set(xlabel="filters, sorted", title=title, xticks=[])
+    axes[0].set_ylabel("change of the loss (nats)")
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in LAYERS[: len(changes[0])]]
+    axes[-1].legend(handles, list(changes[0]))
+    headline(figure, "A few filters carry the network, and most matter little")
+    return figure
+
+
+def correlations(
+    found: Mapping[str, Mapping[str, tuple[float, float]]],
+    by_chance: Mapping[str, tuple[float, float]],
+    marks: Mapping[str, float],
+    title: str,
+) -> Figure:
+    """One panel a way of comparing, one row a criterion: ρ with its interval, beside chance.
+
+    ``found`` maps each way to criteria, and these to (mean, half the interval); ``by_chance`` has
+    the ends of the gray band and ``marks`` the dotted line of a panel.
+    """
+    figure, (axes,) = _figure(1, len(found), 11, 4, sharey=True)
+    for axis, (way, criteria) in zip(axes, found.items(), strict=True):
+        axis.axvspan(*by_chance[way], color=CONTROL, alpha=0.25, lw=0)
+        axis.axvline(0, color=INK, lw=0.5)
+        if way in marks:
+            axis.axvline(marks[way], color=INK, ls=":")
+        for name, (mean, half) in criteria.items():
+            color = METHODS.get(name, INK)
+            axis.errorbar(mean, name, xerr=half, fmt="o", color=color, capsize=3)
+        axis.set(xlim=(-1.05, 1.05), xlabel="Spearman's ρ with oracle-abs", title=way)
+    axes[0].invert_yaxis()
+    headline(figure, title)
+    return figure
+
+
+def rho_by_factor(
+    factors: Tensor, rhos: Tensor, bands: Mapping[str, tuple[Sequence[float], str]], title: str
+) -> Figure:
+    """ρ over all filters if the scores of one layer are multiplied by a factor, raw being 1.
+
+    ``rhos`` is (networks, factors); ``bands`` maps a name to factors, one a network, and a color.
+    """
+    figure, ((axis,),) = _figure(1, 1, 8, 3.6)
+    axis.plot(factors, rhos.T, color=CONTROL, alpha=0.5)
+    axis.plot(factors, rhos.mean(0), color=METHODS["taylor"], lw=2.5, label="mean of the networks")
+    axis.axvline(1, color=INK, lw=1, ls=":", label="raw")
+    for label, (places, color) in bands.items():
+        axis.axvspan(min(places), max(places), color=color, alpha=0.6, lw=0, label=label)
+    axis.set(xscale="log", xlabel="factor on the first layer's scores", title=title)
+    axis.set_ylabel("Spearman's ρ over all filters")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.legend(loc="lower right")
+    return figure
+
+
+def cost_bars(seconds: Mapping[str, float], notes: Mapping[str, str], title: str) -> Figure:
+    """One bar a criterion, the cheapest first: its seconds, and what ``notes`` says of it."""
+    figure, ((axis,),) = _figure(1, 1, 9, 0.34 * len(seconds) + 1)
+    names = sorted(seconds, key=seconds.get)
+    axis.barh(names, [seconds[n] for n in names], color=[METHODS.get(n, INK) for n in names])
+    for row, name in enumerate(names):
+        axis.annotate(
+            notes[name], (seconds[name], row), (5, 0), textcoords="offset points", va="center"
+        )
+    axis.set(xscale="log", xlabel="seconds", title=title)
+    axis.set_xlim(right=8 * max(seconds.values()))  # room for the notes
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.invert_yaxis()
+    return figure

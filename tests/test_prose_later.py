@@ -1,0 +1,177 @@
+"""What the sentences and titles of notebooks 4, 5 and 6 say holds for what these notebooks print.
+
+The mathematics is asserted in the notebooks themselves. Here is what depends on the numbers of a
+run, or of the table of several seeds: if one of these fails, a sentence has to change.
+"""
+
+import json
+import math
+import re
+
+import pandas as pd
+import pytest
+from scipy.stats import t
+
+from cnn_pruning.paths import ROOT
+
+NOTEBOOKS = {path.stem[:2]: path for path in (ROOT / "notebooks").glob("*.ipynb")}
+SEEDS = pd.read_csv(ROOT / "notebooks" / "long_runs" / "seeds.csv", comment="#")
+NUMBER = r"([-+]?\d+\.\d+)"
+
+
+def cells(number):
+    found = json.loads(NOTEBOOKS[number].read_text(encoding="utf-8"))["cells"]
+    return [("".join(cell["source"]), cell) for cell in found]
+
+
+def printed(number):
+    outputs = [o for _, cell in cells(number) for o in cell.get("outputs", [])]
+    return "".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout")
+
+
+def numbers(pattern, number):
+    """The groups of the one place in what the notebook printed that matches, as floats."""
+    (found,) = re.findall(pattern, printed(number))
+    return [float(each) for each in ([found] if isinstance(found, str) else found)]
+
+
+def accuracies(split):
+    return 100 * SEEDS.pivot(index="seed", columns="network", values=split)
+
+
+@pytest.mark.parametrize("number", ["04", "05", "06"])
+def test_the_head_says_how_long_it_takes_to_read(number):
+    words = sum(len(s.split()) for s, cell in cells(number) if cell["cell_type"] == "markdown")
+    code = [s for s, cell in cells(number) if cell["cell_type"] == "code"]
+    lines = sum(bool(line.strip()) for source in code for line in source.split("\n"))
+    (stated,) = re.findall(r"about (\d+) minutes to read", cells(number)[0][0])
+    assert abs(int(stated) - (words / 200 + lines / 12)) < 2
+    assert words <= 1500
+    assert all(sum(bool(n.strip()) for n in source.split("\n")) <= 20 for source in code)
+
+
+# Notebook 4
+
+
+def test_without_seven_filters_taylor_keeps_more_than_the_best_random_order():
+    pattern = (
+        rf"Taylor {NUMBER}%, weight {NUMBER}%,\nrandom {NUMBER}% \(from {NUMBER}% to {NUMBER}%"
+    )
+    taylor, weight, mean, _, best = numbers(pattern, "04")
+    assert taylor > best, "the title says that it matters which filters go"
+    assert weight > mean
+
+
+# Notebook 5
+
+
+def final_table():
+    pattern = r"^(\S.*?) +(\d+) +([\d,]+) +([\d,]+) .* ([\d.]+)%$"
+    found = re.findall(pattern, printed("05"), re.MULTILINE)
+    return {name: (int(size.replace(",", "")), float(a)) for name, _, size, _, a in found}
+
+
+def test_over_30_percent_of_the_parameters_are_gone():
+    table = final_table()
+    assert table["fine-tuned"][0] < 0.7 * table["baseline"][0]
+
+
+def test_the_run_in_the_notebook_is_like_the_one_of_its_seed_in_the_table():
+    by_seed = accuracies("test_accuracy")
+    spread = by_seed.std().max()  # another machine rounds differently, as another seed would
+    table = final_table()
+    assert {"baseline", "fine-tuned", "scratch, same epochs"} <= table.keys()
+    for name, (_, accuracy) in table.items():
+        if name in by_seed:
+            assert abs(accuracy - by_seed.loc[1, name]) < 4 * spread, name
+
+
+def test_fine_tuning_brings_the_accuracy_back_to_within_half_a_point():
+    by_seed = accuracies("test_accuracy")
+    assert by_seed["baseline"].mean() > 90
+    gap = by_seed["fine-tuned"] - by_seed["baseline"]
+    margin = t.ppf(0.975, len(gap) - 1) * gap.std() / math.sqrt(len(gap))
+    assert gap.mean() - margin > -0.5
+    before, without = numbers(rf"accuracy: {NUMBER}% before, {NUMBER}% without", "05")
+    first, last = numbers(rf"{NUMBER}% after one epoch of fine-tuning, {NUMBER}% after", "05")
+    assert without < first < last
+    assert last > before - 0.5
+    difference, error = numbers(rf"fine-tuned against baseline: {NUMBER} ± {NUMBER}", "05")
+    assert difference + error > -0.5
+
+
+def test_longer_training_overfits_a_little():
+    before, after = numbers(rf"training loss was {NUMBER} nats, now it is {NUMBER};", "05")
+    assert before < after
+
+
+def test_the_intervals_of_notebook_5_are_those_of_the_table():
+    for column, split in enumerate(("test_accuracy", "val_accuracy")):
+        by_seed = accuracies(split)
+        for other in by_seed.columns.difference(["fine-tuned", "pruned"]):
+            pair = by_seed["fine-tuned"] - by_seed[other]
+            margin = t.ppf(0.975, len(pair) - 1) * pair.std() / math.sqrt(len(pair))
+            cell = rf"{NUMBER} ± {NUMBER} \(± {NUMBER}\)"
+            found = numbers(rf"\n{re.escape(other)} +{cell} +{cell}\n", "05")
+            mean, plain, corrected = found[3 * column : 3 * column + 3]
+            assert mean == pytest.approx(pair.mean(), abs=0.0051)
+            assert plain == pytest.approx(margin, abs=0.0051)
+            assert corrected > plain
+
+
+# Notebook 6
+
+
+def test_no_difference_is_shown_between_taylor_and_obd():
+    found = re.findall(r"taylor - obd .*: (.+)", printed("06"))
+    assert found == ["not shown", "not shown"]
+
+
+def test_hardly_a_filter_lowers_the_loss_by_leaving():
+    (negative,) = numbers(r"removal lowers the loss: (\d+);", "06")
+    assert negative <= 4  # of 120
+
+
+def test_raw_scores_correlate_better_than_normalized_ones_and_about_as_the_true_ratio():
+    raw, normalized, true = (
+        numbers(rf"mean ρ, {name}: {NUMBER}", "06")[0]
+        for name in ("raw", "normalized", "at the true ratio")
+    )
+    assert normalized < true < raw, "the text says that the true ratio isn't the best either"
+    assert abs(raw - true) < (raw - normalized) / 2, "the title says that raw is near the top"
+    lower, all_networks = numbers(r"lowers ρ in (\d+) of (\d+) networks", "06")
+    assert lower == all_networks
+
+
+def test_raw_scores_see_a_part_of_the_true_ratio_of_the_layers():
+    true, raw = (
+        [float(x) for x in re.search(rf"{name}: +([\d., ]+)", printed("06"))[1].split(",")]
+        for name in ("oracle-abs", "raw Taylor")
+    )
+    (fixed,) = numbers(rf"normalized Taylor: {NUMBER} in every", "06")
+    assert len(true) == len(raw) > 2
+    assert all(large > part > fixed for large, part in zip(true, raw, strict=True))
+
+
+def test_eq_8_settles_within_a_few_hundred_images_and_sums_that_cancel_do_not():
+    lines = [line.split() for line in printed("06").split("\n")]
+    (header,) = [line for line in lines if line[:2] == ["taylor", "taylor_abs_last"]]
+    rows = {
+        int(line[0]): dict(zip(header, map(float, line[1:]), strict=True))
+        for line in lines
+        if line and line[0] in ("256", "1024")
+    }
+    assert rows[256]["taylor"] > 0.9
+    assert rows[1024]["taylor_abs_last"] < 0.8
+    assert rows[256]["activation_mean"] > rows[256]["taylor"], "the mean settles earlier"
+
+
+def test_eq_8_correlates_better_than_activation_or_gradient_alone():
+    rho = {
+        name: float(value)
+        for name, value in re.findall(
+            rf"^(\S.*?) +per layer .*all, raw {NUMBER} ±", printed("06"), re.M
+        )
+    }
+    assert len(rho) == 4
+    assert max(rho, key=rho.get) == "Eq. 8"
