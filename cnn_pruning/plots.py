@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from IPython.display import SVG
     from ipywidgets import VBox
 
 # One color for a thing, in every figure, on a light page and on a dark one. The layers and the
@@ -366,17 +365,6 @@ def overview(
     return figure
 
 
-def vector(figure: Figure) -> "SVG":
-    """The figure as vector graphics, sharp at every size, for a notebook to show."""
-    from IPython.display import SVG
-
-    file = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": "the same names in every run"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return SVG(file.getvalue())
-
-
 def gate_diagram(image: Tensor) -> Figure:
     """A drawing of three filters that look at ``image`` (H, W), each with a gate behind its map.
 
@@ -517,7 +505,9 @@ def kernel_sheet(layer: str, kernels: Tensor, scores: Tensor) -> Figure:
     axis.set_yticks(range(slices))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    headline(figure, f"The kernels of {layer}: the lowest scores have faint ones")
+    headline(
+        figure, f"Each filter of {layer} reads {slices} maps, with one slice of its kernel each"
+    )
     return figure
 
 
