@@ -75,9 +75,11 @@ def use_style() -> None:
     shell = ipython.get_ipython() if ipython else None
     if not shell:
         return
-    from matplotlib_inline.backend_inline import set_matplotlib_formats
+    from matplotlib_inline import backend_inline
 
-    set_matplotlib_formats("retina")
+    backend_inline.set_matplotlib_formats("retina")
+    # It would ask for a white page behind every transparent figure; ours can do without.
+    backend_inline._fetch_figure_metadata = lambda figure: None
     pngs = shell.display_formatter.formatters["image/png"]
     sharp = pngs.lookup_by_type(Figure)
 
@@ -576,5 +578,5 @@ def explorer(
 
     slider.observe(show, names="value")
     show()
-    display(HTML("<i>No slider here? Run this cell: Shift+Enter.</i>"))
+    display(HTML("<i>No slider here? Choose Run, Run All Cells.</i>"))
     return ipywidgets.VBox([slider, picture, text])

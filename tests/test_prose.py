@@ -84,6 +84,13 @@ def test_notebook_is_short_and_so_are_its_cells(name):
         assert len(text(cell).splitlines()) <= 20, text(cell)
 
 
+@EACH
+def test_no_figure_asks_for_a_white_page(name):
+    assert not [
+        output for output in outputs(name) if "needs_background" in output.get("metadata", {})
+    ]
+
+
 # 1 · The criterion
 
 
