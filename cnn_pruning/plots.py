@@ -75,9 +75,11 @@ def use_style() -> None:
     shell = ipython.get_ipython() if ipython else None
     if not shell:
         return
-    from matplotlib_inline.backend_inline import set_matplotlib_formats
+    from matplotlib_inline import backend_inline
 
-    set_matplotlib_formats("retina")
+    backend_inline.set_matplotlib_formats("retina")
+    # It would ask for a white page behind every transparent figure; ours can do without.
+    backend_inline._fetch_figure_metadata = lambda figure: None
     pngs = shell.display_formatter.formatters["image/png"]
     sharp = pngs.lookup_by_type(Figure)
 
@@ -182,50 +184,47 @@ def score_bars(
 
 def filter_cards(
     layer: str,
-    kernels: Tensor,
-    biases: Tensor,
     images: Tensor,
     maps: Tensor,
     scores: Tensor,
     color: str,
+    kernels: Tensor | None = None,
 ) -> Figure:
     """One row a filter, best score first: its kernel, its feature maps on images, its score.
 
-    ``kernels`` (K, C, 3, 3), ``biases`` (K,), ``images`` (N, 1, H, W), ``maps`` (K, N, H, W),
-    ``scores`` (K,). The slices of a kernel stand side by side, from the filter before it that each
-    one reads. The brightness of a map is the square root of its values.
+    ``images`` (N, 1, H, W), ``maps`` (K, N, H, W), ``scores`` (K,), and ``kernels`` (K, 3, 3) if
+    each filter has one slice. The brightness of a map is the square root of its values.
     """
     order = scores.argsort(descending=True).tolist()
-    slices = kernels.shape[1]
     figure, axes = _figure(
         len(order) + 1,
         len(images) + 2,
-        12.5,
+        10,
         0.66 * (len(order) + 1) + 0.4,
-        gridspec_kw={"width_ratios": [1 if slices == 1 else 7, *[1] * len(images), 2.5]},
+        gridspec_kw={"width_ratios": [1 if kernels is not None else 0.4, *[1] * len(images), 2.5]},
     )
-    figure.set_dpi(72)  # hundreds of small pictures
     for axis, image in zip(axes[0, 1:], images, strict=False):
-        _picture(axis, image[0], cmap="gray_r")
+        _picture(axis, image[0], cmap="gray")
     for axis in (axes[0, 0], axes[0, -1]):
         axis.axis("off")
-    axes[0, 0].set_title("kernel", size=11, loc="center", y=0)
-    axes[0, -1].set_title("score", size=11, y=0)
-    limit = kernels.abs().max()
+    axes[0, 0].set_title("filter" if kernels is None else "kernel", size=10, loc="center", y=0)
+    axes[0, -1].set_title("score", size=10, y=0)
     brightness = PowerNorm(0.5, vmin=0, vmax=maps.max().item())  # dim maps have shapes too
     for row, k in zip(axes[1:], order, strict=True):
-        gap = torch.full((kernels.shape[2], 1), float("nan"))
-        strip = torch.cat([part for s in kernels[k] for part in (s, gap)][:-1], dim=1)
-        _picture(row[0], strip, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        label = f"{k}   bias {biases[k]:+.2f}"
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", size=10)
+        if kernels is None:
+            row[0].axis("off")
+            row[0].text(0.5, 0.5, k, ha="center", va="center", size=10)
+        else:
+            _picture(row[0], _signed(kernels[k], kernels.abs().max().item()))
+            row[0].spines[:].set_visible(True)
+            row[0].set_ylabel(f"{k}  ", rotation=0, ha="right", va="center", size=10)
         for axis, values in zip(row[1:], maps[k], strict=False):
             _picture(axis, values, cmap="magma", norm=brightness)
         row[-1].barh([0], [scores[k]], color=color)
-        row[-1].set(xlim=(0, 1.35 * scores.max()), ylim=(-0.8, 0.8), xticks=[], yticks=[])
-        row[-1].text(scores[k] + 0.02 * scores.max(), 0, f"{scores[k]:.1e}", va="center", size=10)
+        row[-1].set(xlim=(0, 1.5 * scores.max()), ylim=(-0.8, 0.8), xticks=[], yticks=[])
+        row[-1].text(scores[k] + 0.03 * scores.max(), 0, f"{scores[k]:.1e}", va="center", size=9)
         row[-1].spines["bottom"].set_visible(False)
-    headline(figure, f"The filters of {layer}, highest score first")
+    headline(figure, f"What the filters of {layer} see, highest score first")
     return figure
 
 
@@ -733,3 +732,172 @@ def cost_bars(seconds: Mapping[str, float], notes: Mapping[str, str], title: str
     axis.xaxis.set_major_formatter("{x:g}")
     axis.invert_yaxis()
     return figure
+
+
+def gate_diagram(image: Tensor) -> Figure:
+    """A drawing of three filters that look at ``image`` (H, W), each with a gate behind its map.
+
+    The second gate is closed. A dashed arrow shows where the gradient arrives.
+    """
+    figure, ((axis,),) = _figure(1, 1, 10, 4.8)
+    axis.set(xlim=(0, 10), ylim=(-0.6, 3.95), aspect="equal")
+    axis.axis("off")
+    lines, corner = torch.tensor([1.0, 2, 1]), torch.tensor([-1.0, 0, 1])
+    kernels = torch.stack(
+        [lines[:, None] * corner, corner[:, None] * lines, -corner[:, None] * lines]
+    )
+    maps = nn.functional.conv2d(image[None, None], kernels[:, None], padding=1).relu()[0]
+
+    def tile(values: Tensor, x: float, y: float, size: float, **look) -> None:
+        extent = (x - size / 2, x + size / 2, y - size / 2, y + size / 2)
+        axis.imshow(values, extent=extent, interpolation="nearest", **look)
+
+    def arrow(start: tuple, end: tuple, **look) -> None:
+        look = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0} | look
+        axis.annotate("", end, start, arrowprops=look)
+
+    tile(image, 0.6, 1.75, 1.0, cmap="gray")
+    axis.text(0.6, 2.35, "image", ha="center")
+    for x, name in (
+        (2.0, "filter"),
+        (3.4, "feature map"),
+        (4.75, "gate"),
+        (6.1, "map, gated: $z$"),
+    ):
+        axis.text(x, 3.65, name, ha="center")
+    for k, (kernel, seen, y) in enumerate(zip(kernels, maps, (3.0, 1.75, 0.5), strict=True)):
+        closed = k == 1
+        color = REMOVED if closed else INK
+        arrow((1.15, 1.75), (1.65, y))
+        tile(_signed(kernel, 2), 2.0, y, 0.6)
+        axis.add_patch(Rectangle((1.7, y - 0.3), 0.6, 0.6, fc="none", ec=INK, lw=0.8))
+        arrow((2.35, y), (2.9, y))
+        tile(seen, 3.4, y, 0.9, cmap="magma")
+        axis.plot((3.9, 4.6), (y, y), color=color)
+        if closed:
+            axis.plot((4.75, 4.75), (y - 0.28, y + 0.28), color=color, lw=5)
+        else:
+            for side in (-1, 1):  # the two posts of an open gate
+                axis.plot((4.75, 4.75), (y + side * 0.14, y + side * 0.34), color=color, lw=5)
+            arrow((4.6, y), (5.6, y))
+            arrow((6.6, y), (7.3, 1.75 + 0.5 * (y - 1.75)))
+        words = "$g = 0$, closed" if closed else "$g = 1$, open"
+        axis.text(4.75, y - 0.54, words, ha="center", color=color, size=9)
+        tile(seen * (not closed), 6.1, y, 0.9, cmap="magma", vmin=0, vmax=seen.max())
+    axis.add_patch(Rectangle((7.35, 0.95), 1.2, 1.6, fc="none", ec=INK))
+    axis.text(7.95, 1.75, "the rest\nof the\nnetwork", ha="center", va="center")
+    arrow((8.6, 1.75), (9.2, 1.75))
+    axis.text(9.55, 1.75, "cost\n$C$", ha="center", va="center")
+    back = {"color": METHODS["taylor"], "ls": "--", "lw": 1.5}
+    axis.add_patch(Rectangle((5.58, -0.05), 1.04, 3.58, fc="none", ec=back["color"], ls="--"))
+    arrow((9.55, 1.4), (6.64, 0.15), connectionstyle="angle,angleA=-90,angleB=0,rad=15", **back)
+    words = "one backward pass:\n$\\partial C/\\partial z$ for every filter"
+    axis.text(8.1, 0.02, words, ha="center", va="top", color=back["color"])
+    headline(figure, "A gate behind every filter: closed, it takes the filter out")
+    return figure
+
+
+def _signed(values: Tensor, limit: float) -> Tensor:
+    """Pixels (..., 4) in red where ``values`` are positive and in blue where they are negative.
+
+    The smaller the value, the fainter the pixel. Zero is transparent, because a page may be dark.
+    """
+    red, blue = torch.tensor([0.84, 0.19, 0.25]), torch.tensor([0.20, 0.50, 0.90])
+    colors = torch.where(values[..., None] > 0, red, blue)
+    return torch.cat([colors, (values.abs() / limit).clamp(max=1).sqrt()[..., None]], dim=-1)
+
+
+def kernel_sheet(layer: str, kernels: Tensor, scores: Tensor) -> Figure:
+    """All slices of a convolution's ``kernels`` (K, C, 3, 3), a column for each filter.
+
+    The filters stand in the order of their ``scores`` (K,), the highest first.
+    """
+    order = scores.argsort(descending=True).tolist()
+    filters, slices = kernels.shape[:2]
+    figure, ((axis,),) = _figure(1, 1, 10, 0.58 * slices + 0.9)
+    limit = kernels.abs().max().item()
+    for column, k in enumerate(order):
+        for row, values in enumerate(kernels[k]):
+            extent = (column - 0.42, column + 0.42, row + 0.42, row - 0.42)
+            axis.imshow(_signed(values, limit), extent=extent, interpolation="nearest")
+            corner = (column - 0.42, row - 0.42)
+            axis.add_patch(Rectangle(corner, 0.84, 0.84, fc="none", ec=INK, lw=0.4))
+    axis.set(xlim=(-0.6, filters - 0.4), ylim=(slices - 0.4, -0.6))
+    axis.set(xlabel=f"filter of {layer}, highest score first", ylabel="reads the map of filter")
+    axis.set_xticks(range(filters), order)
+    axis.set_yticks(range(slices))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    headline(
+        figure, f"Each filter of {layer} reads {slices} maps, with one slice of its kernel each"
+    )
+    return figure
+
+
+def two_rankings(
+    above: Mapping[str, Tensor], below: Mapping[str, Tensor], names: tuple[str, str], mark: int
+) -> Figure:
+    """The filters from the lowest score to the highest, in two lists; a line joins each filter.
+
+    ``mark`` separates so many of the lowest from the others.
+    """
+    figure, ((axis,),) = _figure(1, 1, 10, 2.9)
+    colors = [LAYERS[i % len(LAYERS)] for i, values in enumerate(above.values()) for _ in values]
+    numbers = [k for values in above.values() for k in range(len(values))]
+    ranks = [torch.cat(list(s.values())).argsort(stable=True).argsort() for s in (above, below)]
+    for upper, lower, color, number in zip(
+        *(r.tolist() for r in ranks), colors, numbers, strict=True
+    ):
+        axis.plot((upper + 1, lower + 1), (1, 0), color=color, lw=1 if upper == lower else 2.5)
+        for x, y in ((upper + 1, 1), (lower + 1, 0)):
+            axis.plot([x], [y], "o", ms=17, color=color)
+            axis.text(x, y, number, ha="center", va="center", color="white", size=9, weight="bold")
+    axis.axvline(mark + 0.5, color=INK, ls="--", lw=1)
+    axis.text(mark + 0.4, 1.42, f"the {mark} lowest", ha="right", va="center")
+    axis.set(
+        xlim=(0.3, len(numbers) + 0.7), ylim=(-0.4, 1.6), xlabel="place (1 is the lowest score)"
+    )
+    axis.set_yticks((1, 0), names)
+    axis.set_xticks([1, *range(5, len(numbers) + 1, 5)])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    handles = [axis.plot([], [], "o", color=LAYERS[i])[0] for i in range(len(above))]
+    axis.legend(handles, above, loc="upper right", ncols=len(above), bbox_to_anchor=(1, 1.16))
+    headline(figure, "Normalizing moves filters of one layer past those of the other")
+    return figure
+
+
+def explorer(
+    images: Tensor, maps: Mapping[str, Tensor], words: Mapping[tuple[str, int], str]
+) -> "VBox":
+    """A slider over all filters: ``images`` (N, 1, H, W), the chosen filter's maps, and its words.
+
+    ``maps`` are (K, N, H, W) for each layer, and ``words`` HTML for each layer and filter.
+    """
+    import ipywidgets
+    from IPython.display import HTML, display
+
+    def strip(values: Tensor, colors: str) -> Tensor:
+        pixels = torch.from_numpy(plt.get_cmap(colors)(values.numpy(), bytes=True))
+        pixels = pixels.repeat_interleave(3, 1).repeat_interleave(3, 2)
+        pixels = nn.functional.pad(pixels, (0, 0, 3, 3, 3, 3))  # transparent, between the pictures
+        return pixels.transpose(0, 1).flatten(1, 2)
+
+    top = strip(images[:, 0], "gray")
+    picture = ipywidgets.Image(width=top.shape[1])
+    text = ipywidgets.HTML()
+    names = [(f"{layer}, filter {k}", (layer, k)) for layer, k in words]
+    slider = ipywidgets.SelectionSlider(options=names, description="look at")
+    slider.layout.width = "90%"
+
+    def show(_=None) -> None:
+        layer, k = slider.value
+        bright = (maps[layer][k] / maps[layer].max()).sqrt()
+        file = io.BytesIO()
+        Image.fromarray(torch.cat([top, strip(bright, "magma")]).numpy()).save(file, "PNG")
+        picture.value, text.value = file.getvalue(), words[layer, k]
+
+    slider.observe(show, names="value")
+    show()
+    display(HTML("<i>No slider here? Choose Run, Run All Cells.</i>"))
+    return ipywidgets.VBox([slider, picture, text])
