@@ -1,5 +1,6 @@
 """Times of functions that take turns, in one process, and what else the machine did meanwhile."""
 
+import argparse
 import ctypes
 import gc
 import os
@@ -69,6 +70,20 @@ def markdown(rows: list[dict[str, str]]) -> str:
     table = pd.DataFrame(rows).fillna("")
     lines = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--repeats", type=int, default=5)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add(
+        "--processor-time",
+        dest="clock",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        help="count the processor's seconds: of use where other programs run, with one thread",
+    )
 
 
 def machine() -> str:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,6 +37,9 @@ from cnn_pruning.oracle import oracle
 FOLDER = Path(__file__).parent
 BATCH_SIZES = (64, 256, 1024, 4096, 10_000)
 SEVEN = {"network.0": [0], "network.2": [0, 1, 2, 3, 4, 5]}  # as many as the tutorial removes
+
+
+splits = cache(fashion_mnist)
 
 
 def network() -> CNN:
@@ -83,7 +86,7 @@ SCORING: dict[str, Callable] = {
 
 
 def scoring(options: argparse.Namespace) -> None:
-    data = TensorDataset(*fashion_mnist()[0][: options.images or 20_000])
+    data = TensorDataset(*splits()[0][: options.images or 20_000])
     model = network()
     rows = []
     for size in options.batch_sizes:
@@ -109,7 +112,7 @@ def peak(way: str, batch_size: int) -> float:
 
     The images themselves and a pass over a few of them are not counted.
     """
-    data, model = fashion_mnist()[2], network()
+    data, model = splits()[2], network()
     SCORING[way](model, TensorDataset(*data[:64]), 64)
     measuring.give_back()
     before = status("VmRSS")
@@ -150,7 +153,7 @@ def plain_evaluation(model: CNN, data: TensorDataset, batch_size: int) -> tuple[
 
 
 def evaluation(options: argparse.Namespace) -> None:
-    data = TensorDataset(*fashion_mnist()[0][: options.images or 20_000])
+    data = TensorDataset(*splits()[0][: options.images or 20_000])
     model = network()
     rows = []
     for size in options.batch_sizes:
@@ -180,7 +183,7 @@ def plain_oracle(model: CNN, data: TensorDataset) -> dict[str, list[float]]:
 
 
 def the_oracle(options: argparse.Namespace) -> None:
-    data = TensorDataset(*fashion_mnist()[0][: options.images or 2_000])
+    data = TensorDataset(*splits()[0][: options.images or 2_000])
     model = network()
     ways = {"oracle": lambda: oracle(model, data), "plain loop": lambda: plain_oracle(model, data)}
     times = measuring.in_turns(ways, options.repeats, options.clock)
@@ -192,7 +195,7 @@ def the_oracle(options: argparse.Namespace) -> None:
 
 
 def training(options: argparse.Namespace) -> None:
-    train, val, _ = fashion_mnist()
+    train, val, _ = splits()
     count = options.images or 20_000
     train, val = TensorDataset(*train[:count]), TensorDataset(*val[:100])
     singly = Subset(one_by_one(train=True), range(count))
@@ -296,17 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("parts", nargs="*", choices=[[], *PARTS], help="by default, all")
     add("--images", type=int, help="instead of 20,000, or 2,000 for the oracle")
     add("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
-    add("--repeats", type=int, default=5)
-    add(
-        "--processor-time",
-        dest="clock",
-        action="store_const",
-        const=time.process_time,
-        default=time.perf_counter,
-        help="count the seconds of the processor: of use on a machine that isn't quiet, with one "
-        "thread",
-    )
-    add("--threads", type=int, default=torch.get_num_threads())
+    measuring.add_options(parser)
     add("--epochs", type=int, default=5, help="of the command, before and after pruning")
     add("--runs", type=int, default=2, help="of the command")
     options = parser.parse_args(arguments)
