@@ -26,7 +26,6 @@ from torch.utils.data import TensorDataset
 
 from cnn_pruning import (
     CNN,
-    fashion_mnist,
     filter_scores,
     plots,
 )
