@@ -247,19 +247,26 @@ def command(options: argparse.Namespace) -> None:
     found: dict[str, list[dict]] = {name: [] for name in programs}
     for seed in range(1, 1 + options.runs):
         for name, program in programs.items():
-            found[name].append(experiment(program, seed, options.epochs))
+            found[name].append(experiment(program, seed, options))
     rows = []
     for name, runs in found.items():
-        seconds = measuring.spread([run.pop("seconds") for run in runs])
-        accuracy = " / ".join(f"{run.pop('accuracy'):.2%}" for run in runs)
-        stages = {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
-        parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages.items())
-        rows.append({"": name, "s": seconds, "test accuracy": accuracy, "where (s)": parts})
+        stages = {
+            stage: statistics.median(run["stages"][stage] for run in runs)
+            for stage in runs[0]["stages"]
+        }
+        rows.append(
+            {
+                "": name,
+                "s": measuring.spread([run["seconds"] for run in runs]),
+                "test accuracy": " / ".join(f"{run['accuracy']:.2%}" for run in runs),
+                "where (s)": ", ".join(f"{stage} {each:.1f}" for stage, each in stages.items()),
+            }
+        )
     print(f"## The experiment, {options.epochs} + {options.epochs} epochs, {options.runs} seeds\n")
     print(measuring.markdown(rows), end="\n\n")
 
 
-def experiment(program: str, seed: int, epochs: int) -> dict[str, float]:
+def experiment(program: str, seed: int, options: argparse.Namespace) -> dict:
     """Run a program that ends with a line of JSON; return that, and the seconds of all."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
@@ -268,18 +275,25 @@ def experiment(program: str, seed: int, epochs: int) -> dict[str, float]:
             "DO_NOT_TRACK": "true",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
-        start = time.perf_counter()
+        clock = options.clock
+        started = [FOLDER / program, str(seed), str(options.epochs), clock.__name__]
+        if clock is time.process_time:
+            clock = of_children
+        start = clock()
         done = subprocess.run(
-            [sys.executable, FOLDER / program, str(seed), str(epochs)],
-            env=environment,
-            cwd=folder,
-            capture_output=True,
-            text=True,
+            [sys.executable, *started], env=environment, cwd=folder, capture_output=True, text=True
         )
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         if done.returncode:
             raise RuntimeError(f"{program} failed:\n{done.stderr}")
-        return {"seconds": seconds} | json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(done.stdout.splitlines()[-1])
+        found["stages"]["the rest"] = seconds - sum(found["stages"].values())
+        return found | {"seconds": seconds}
+
+
+def of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 PARTS = {
