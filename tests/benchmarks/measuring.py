@@ -30,6 +30,7 @@ def in_turns(
     """
     times: Times = {name: [] for name in functions}
     for turn in range(repeats + 1):
+        print(f"turn {turn} of {repeats}: {', '.join(functions)}", file=sys.stderr)
         for name, function in functions.items():
             gc.collect()
             give_back()

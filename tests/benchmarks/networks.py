@@ -11,6 +11,7 @@ of the largest output.
 import argparse
 import copy
 import io
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -83,6 +84,7 @@ class Case:
     before: str
     """At what commit 65228c0 refused the network ("... is not a layer that follows ...")."""
     chain: bool = True
+    lr: float = 1e-3
 
 
 def torchvisions(name: str) -> Callable[[], nn.Module]:
@@ -93,8 +95,8 @@ CASES = {
     "MNIST example": Case(MNISTExample, (1, 28, 28), "relu"),
     "CIFAR-10 tutorial": Case(CIFARTutorial, (3, 32, 32), "relu"),
     "AlexNet": Case(torchvisions("alexnet"), (3, 64, 64), "flatten"),
-    "VGG-11": Case(torchvisions("vgg11"), (3, 32, 32), "flatten"),
-    "VGG-16": Case(torchvisions("vgg16"), (3, 32, 32), "flatten"),
+    "VGG-11": Case(torchvisions("vgg11"), (3, 32, 32), "flatten", lr=1e-4),
+    "VGG-16": Case(torchvisions("vgg16"), (3, 32, 32), "flatten", lr=1e-4),
     "resnet18": Case(torchvisions("resnet18"), (3, 64, 64), "add", chain=False),
     "mobilenet_v3_small": Case(torchvisions("mobilenet_v3_small"), (3, 64, 64), "mul", chain=False),
 }
@@ -154,7 +156,7 @@ def masked_against_removed(result: Result) -> str:
 
 def retrained(result: Result) -> str:
     before, _ = evaluate(result.small, result.data)
-    history = fit(result.small, result.data, result.data, epochs=1, batch_size=4, lr=1e-3)
+    history = fit(result.small, result.data, result.data, epochs=1, batch_size=4, lr=result.case.lr)
     result.small.eval()
     return f"loss {before:.3f} to {history[-1]['val_loss']:.3f}"
 
@@ -228,6 +230,7 @@ def row_of(name: str) -> dict[str, str]:
     }
     result = Result(case, data, model.eval())
     for step, work in STEPS.items():
+        print(f"{name}: {step}", file=sys.stderr)
         try:
             row[step] = work(result)
         except Exception as error:
