@@ -4,7 +4,8 @@
     python tests/benchmarks/memory.py notebooks/01_criterion.ipynb    one
 
 Counted is the resident memory of nbconvert and of all processes that it starts, ten times a second.
-The notebooks themselves stay as they are; what they log goes to a store that is new.
+The notebooks themselves stay as they are; what they log goes to a store that is new. Pages that two
+processes share are counted twice.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import measuring
 import psutil
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -58,21 +58,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="by default, all")
     notebooks = parser.parse_args(arguments).notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
-    rows = []
+    columns = "notebook", "all processes (MB)", "largest (MB)", "minutes", f"under {LIMIT:,} MB"
+    for row in (columns, ["---"] * len(columns)):
+        print(f"| {' | '.join(row)} |", flush=True)
     for notebook in notebooks:
         with tempfile.TemporaryDirectory() as folder:
             peaks, seconds = run(notebook, folder)
         together, largest = (peak / 1e6 for peak in peaks)
-        rows.append(
-            {
-                "notebook": notebook.stem,
-                "all processes (MB)": f"{together:,.0f}",
-                "largest (MB)": f"{largest:,.0f}",
-                "minutes": f"{seconds / 60:.1f}",
-                f"under {LIMIT:,} MB": "yes" if together < LIMIT else "NO",
-            }
+        row = (
+            notebook.stem,
+            f"{together:,.0f}",
+            f"{largest:,.0f}",
+            f"{seconds / 60:.1f}",
+            "yes" if together < LIMIT else "NO",
         )
-    print(measuring.markdown(rows))
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
