@@ -71,7 +71,7 @@ def test_speed_prints_a_table_for_each_part(capsys):
     speed.main([*parts, *options.split()])
     printed = capsys.readouterr().out
     assert printed.count("\n## ") + printed.startswith("## ") == len(parts)
-    assert printed.count("| --- |") == printed.count("1 thread.") == len(parts)
+    assert printed.count("\n| --- ") == printed.count("1 thread.") == len(parts)
 
 
 def test_size_draws_and_prints_its_slopes(tmp_path, capsys):

@@ -17,6 +17,8 @@ import torch
 
 Times = dict[str, list[float]]
 
+QUIET = 0.1  # cores that other programs may keep busy
+
 
 def in_turns(
     functions: Mapping[str, Callable[[], object]],
@@ -104,11 +106,10 @@ def watched() -> Iterator[None]:
     before, others, start = os.getloadavg()[0], _of_others(), time.perf_counter()
     yield
     seconds = time.perf_counter() - start
-    share = max(0.0, (_of_others() - others) / seconds / psutil.cpu_count())
-    verdict = "quiet" if share < 0.05 else "NOT quiet"
+    cores = max(0.0, (_of_others() - others) / seconds)
     print(
-        f"{machine()} The machine was {verdict}: other programs took {share:.0%} of its cores in "
-        f"these {seconds:.0f} s (load before: {before:.1f}).\n"
+        f"{machine()} The machine was {'quiet' if cores < QUIET else 'NOT quiet'}: in these "
+        f"{seconds:.0f} s, other programs kept {cores:.2f} cores busy (load before: {before:.1f}).\n"
     )
 
 

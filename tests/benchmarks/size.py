@@ -129,7 +129,7 @@ def draw(images: list[dict], widths: list[dict], depths: list[dict]) -> plt.Figu
     y = [row["each"] * row["images"] / 1000 for row in images]
     axes[0].plot(x, y, "o-", color=plots.LAYERS[0])
     axes[0].plot(x, [y[-1] * size / x[-1] for size in x], ":", color=plots.INK, label="linear")
-    axes[0].set(xlabel="images", ylabel="seconds", title="Twice the images, twice the time")
+    axes[0].set(xlabel="images", ylabel="seconds", title="By images, 8-16 filters")
     for rows, label, color in (
         (widths, "8-16 to 256-512 filters, 28 × 28", plots.LAYERS[0]),
         (depths, "VGG-16 to depth 2 to 13, 32 × 32", plots.LAYERS[1]),
@@ -140,12 +140,15 @@ def draw(images: list[dict], widths: list[dict], depths: list[dict]) -> plt.Figu
     axes[1].set(
         xlabel="million multiply-adds of a forward pass",
         ylabel="seconds for 1,000 images",
-        title="Small networks cost more than their arithmetic",
+        title="By network",
     )
     for axis in axes:
         axis.set(xscale="log", yscale="log")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:,g}")
+            scale.set_minor_formatter("")
         axis.legend()
-    plots.headline(figure, "Scoring is linear in the images, and nearly so in the multiply-adds")
+    plots.headline(figure, "What scoring costs, against linear cost (dotted)")
     return figure
 
 

@@ -262,7 +262,8 @@ def command(options: argparse.Namespace) -> None:
                 "where (s)": ", ".join(f"{stage} {each:.1f}" for stage, each in stages.items()),
             }
         )
-    print(f"## The experiment, {options.epochs} + {options.epochs} epochs, {options.runs} seeds\n")
+    epochs = f"{options.epochs} + {options.epochs} epochs"
+    print(f"## The experiment, {epochs}, seeds 1 to {options.runs}\n")
     print(measuring.markdown(rows), end="\n\n")
 
 
