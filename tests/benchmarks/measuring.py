@@ -107,9 +107,10 @@ def watched() -> Iterator[None]:
     yield
     seconds = time.perf_counter() - start
     cores = max(0.0, (_of_others() - others) / seconds)
+    verdict = "quiet" if cores < QUIET else "NOT quiet"
     print(
-        f"{machine()} The machine was {'quiet' if cores < QUIET else 'NOT quiet'}: in these "
-        f"{seconds:.0f} s, other programs kept {cores:.2f} cores busy (load before: {before:.1f}).\n"
+        f"{machine()} The machine was {verdict}: in these {seconds:.0f} s, other programs kept "
+        f"{cores:.2f} cores busy (load before: {before:.1f}).\n"
     )
 
 
