@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import pandas as pd
+    from ipywidgets import VBox
 
 # One color for a thing, in every figure, on a light page and on a dark one. The layers and the
 # removed filters have Okabe and Ito's; the methods keep their distance from the first two layers,
@@ -46,7 +47,7 @@ METHODS = {
     "one shot": "#009068",
     "scratch": "#8B80F9",
 }
-NEARLY_DEAD = 1_000  # times less than the highest score
+NEARLY_DEAD = 100  # times less than the highest score
 STYLE = {
     "axes.formatter.limits": (-3, 6),
     "axes.formatter.use_mathtext": True,
