@@ -2,7 +2,7 @@
 
     uv run python notebooks/long_runs/seeds.py
 
-takes about forty minutes on two cores and writes seeds.csv: one row a network, with its
+takes about a quarter of an hour on two cores and writes seeds.csv: one row a network, with its
 validation and test accuracy.
 """
 
@@ -25,7 +25,7 @@ try:
 except ImportError:  # run as a program
     import whole_tables
 
-SEEDS = tuple(range(10))  # of the documented run
+SEEDS = (0, 1, 2, 3, 4)  # of the documented run
 CHANNELS = (8, 16)
 TRAINING = {"epochs": 5, "batch_size": 128, "lr": 3e-3}
 REMOVE = 7  # filters
@@ -69,12 +69,6 @@ def compare(seed: int, splits: tuple) -> list[dict]:
     random = remove_filters(model, select_filters(by_chance, REMOVE))
     train_more(random)
     add("random, fine-tuned", random)
-
-    taylors = {layer: len(filters) for layer, filters in pruner.select(REMOVE).items()}
-    same_size = {layer: by_chance[layer].argsort()[:n].tolist() for layer, n in taylors.items()}
-    matched = remove_filters(model, same_size)
-    train_more(matched)
-    add("random in the same layers, fine-tuned", matched)
 
     train_more(model)
     add("baseline, trained on", model)
