@@ -189,13 +189,15 @@ def where_to_look(active: "mlflow.ActiveRun") -> str:
 
 
 def title(settings: Mapping[str, object]) -> str:
-    """Return a name for a parent run that tells it from others: its settings and the time."""
+    """Return a name for a parent run that tells it from others: the time, first because MLflow's
+    list cuts long names, and its settings.
+    """
     said = {
         name: "-".join(map(str, value)) if isinstance(value, Sequence) else value
         for name, value in settings.items()
     }
     listed = ", ".join(f"{name} {value}" for name, value in said.items())
-    return f"{listed} ({time.strftime('%Y-%m-%d %H:%M:%S')})"
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {listed}"
 
 
 @first_alone
