@@ -68,7 +68,7 @@ def schedule(
     if method == "oracle":
         options = on_some(train, "oracle_abs", ORACLE_BATCHES, seed)
     elif method == "taylor" and updates == 0:  # no pass in which the scores would come for free
-        options = on_some(train, "taylor", UPDATES, seed)
+        options = on_some(train, "taylor", UPDATES, seed, normalize)
     elif method == "random":
         options["rescore"] = lambda network, scores: scores
     elif method == LIKE_TAYLOR:
@@ -91,14 +91,16 @@ def only_of(layers: Iterator[str]) -> Callable:
     return rescore
 
 
-def on_some(train, criterion: str, mini_batches: int, seed: int) -> dict:
+def on_some(
+    train, criterion: str, mini_batches: int, seed: int, then: Callable = lambda scores: scores
+) -> dict:
     """Options with which each step scores on its own random part of the training images."""
     generator = torch.Generator().manual_seed(seed)
     size = mini_batches * TRAINING["batch_size"]
 
     def rescore(network: nn.Module, _) -> dict:
         some = torch.randperm(len(train), generator=generator)[:size]
-        return normalize(filter_scores(network, TensorDataset(*train[some]), criterion))
+        return then(filter_scores(network, TensorDataset(*train[some]), criterion))
 
     return {"criterion": "weight", "rescore": rescore}  # weights cost nothing, and aren't used
 
