@@ -5,15 +5,18 @@ import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 # One color for a thing, in every figure, on a light page and on a dark one. The layers and the
@@ -407,4 +410,92 @@ def overview(
         words = axes[0, beside].text(0, 1, lines, transform=axes[0, beside].transAxes, **look)
         words.set_in_layout(False)  # it takes the place of several columns
     headline(figure, f"Every filter gets a score; the {gone} lowest leave the network")
+    return figure
+
+
+def filter_card(kernel: Tensor, feature_map: Tensor, limit: float, on: bool = True) -> bytes:
+    """A small PNG for a card: a feature map beside its kernel; crossed out where it is off.
+
+    ``kernel`` (C, 3, 3), colored from -limit to limit; ``feature_map`` (H, W) from 0 to 1, whose
+    brightness is the square root of its values.
+    """
+    scale = 56 // feature_map.shape[0]
+    left = Image.fromarray(_shades("magma")[_in_256(feature_map.sqrt())]).resize(
+        [scale * n for n in feature_map.T.shape], 0
+    )
+    columns = 1 if len(kernel) == 1 else 2
+    side = 24 if columns == 1 else 12
+    card = Image.new("RGBA", (left.width + 36, left.height))
+    card.paste(left)
+    for i, part in enumerate(kernel):
+        colors = _shades("RdBu_r")[_in_256(0.5 + 0.5 * part / limit)]
+        at = (left.width + 4 + (i % columns) * (side + 2), (i // columns) * (side + 2))
+        card.paste(Image.fromarray(colors).resize((side, side), 0), at)
+    if not on:
+        card.putalpha(card.getchannel("A").point(lambda a: a // 4))
+        end = (left.width - 1, left.height - 1)
+        for line in ((0, 0, *end), (0, end[1], end[0], 0)):
+            ImageDraw.Draw(card).line(line, fill=REMOVED, width=4)
+    file = io.BytesIO()
+    card.save(file, "PNG")
+    return file.getvalue()
+
+
+@cache
+def _shades(name: str) -> np.ndarray:
+    return colormaps[name](np.arange(256), bytes=True)
+
+
+def _in_256(values: Tensor) -> np.ndarray:
+    return (255 * values.clamp(0, 1)).byte().numpy()
+
+
+def network_cloud(
+    costs: Tensor,
+    counts: Tensor,
+    shares: Tensor,
+    losses: Tensor,
+    paths: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping]],
+    xlabel: str,
+    title: str,
+) -> Figure:
+    """Many networks as a cloud of cost and loss, its front, and the paths of methods through it.
+
+    The networks come in P groups of one cost: ``costs`` and ``counts`` (P,), and of each group the
+    quantiles ``losses`` (P, Q) of the loss at ``shares`` (Q,), which begin at 0 and end at 1.
+    ``paths`` maps a name to costs, losses and options of ``plot``. The cloud is smoothed a little
+    along the cost, and shown by the logarithm of the number of networks.
+    """
+    figure, ((axis,),) = _figure(1, 1, 7.6, 5.8)
+    order = costs.argsort()
+    front = losses[order, 0].cummin(0).values
+    low, high = 0.93 * front.min(), losses.max()
+    x, y = torch.linspace(0, 1.03 * costs.max(), 400), torch.linspace(low.log(), high.log(), 300)
+    below = torch.searchsorted(costs[order].contiguous(), x, right=True) - 1
+    edge = torch.where(below >= 0, front[below.clamp(min=0)], math.inf)
+    # Between two quantiles, the share of the networks rises evenly with the logarithm of the loss.
+    rows = [np.interp(y, group.log(), shares, left=0, right=1) for group in losses]
+    mass = torch.tensor(np.diff(rows, axis=1)) * counts[:, None]
+    near = torch.exp(-((x[:, None] - costs) / (0.012 * costs.max())).square() / 2)
+    density = (near.to(mass) @ mass).T
+    density[y[1:, None] < edge.log()] = 0
+    alpha = ((density + 1).log() / (density.max() + 1).log()).clamp(0, 1)
+    shade = torch.cat(
+        [torch.tensor(to_rgb(INK)).expand(*alpha.shape, 3), 0.75 * alpha[..., None]], 2
+    )
+    axis.pcolormesh(x, y.exp(), shade[:, 1:].numpy(), rasterized=True)
+    better = losses[order, 0] < torch.cat([torch.tensor([math.inf]), front[:-1]])
+    axis.plot(costs[order][better], front[better], color=INK, lw=4, label="the best there is")
+    for name, (xs, ys, look) in paths.items():
+        axis.plot(xs, ys, label=name, **{"lw": 2, **look})
+    axis.set(xlabel=xlabel, ylabel="loss on training images (nats)", yscale="log")
+    axis.set(xlim=(0, x[-1]), ylim=(low, high))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    for label in (axis.xaxis.label, axis.yaxis.label, *axis.get_xticklabels()):
+        label.set_size(12)
+    axis.tick_params(labelsize=12)
+    axis.legend(fontsize=11, loc="upper right")
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=15)
     return figure

@@ -98,6 +98,14 @@ def parameters_of(first: int, second: int) -> int:
     return 10 * first + (9 * first + 1) * second + 7840 * second + 10
 
 
+def mean_macs(size: int) -> float:
+    """The multiply-adds of all networks of a size, in the mean."""
+    shapes = [(i, size - i) for i in range(max(1, size - SECOND), min(FIRST, size - 1) + 1)]
+    counts = [math.comb(FIRST, i) * math.comb(SECOND, j) for i, j in shapes]
+    costs = [macs_of(*shape) for shape in shapes]
+    return sum(n * cost for n, cost in zip(counts, costs, strict=True)) / sum(counts)
+
+
 # Losses
 
 
@@ -309,6 +317,17 @@ def text_of(subset: int) -> str:
     """The gates of a subset, layer by layer: "11111111-1111111111111111" is the whole network."""
     bits = f"{subset:0{K}b}"
     return f"{bits[:FIRST]}-{bits[FIRST:]}"
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """How many filters of each layer the subset keeps that ``text_of`` wrote."""
+    first, second = text.split("-")
+    return first.count("1"), second.count("1")
+
+
+def number(text: str) -> int:
+    """The subset that ``text_of`` wrote."""
+    return int(text.replace("-", ""), 2)
 
 
 def rank_of(loss: Tensor, peers: Tensor) -> int:
