@@ -19,6 +19,7 @@ Kept = dict[str, list[int]]
 ROUNDING = 5e-6  # nats; closer losses count as equal
 WORDS = "color: var(--jp-content-font-color0, inherit); font-size: 15px; line-height: 1.5"
 CARD = "92px"
+ROW = "776px"  # eight cards
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Board:
         }
         rows = [
             ipywidgets.Box(
-                [ipywidgets.VBox(card) for card in row], layout={"flex_flow": "row wrap"}
+                [ipywidgets.VBox(card) for card in row],
+                layout={"flex_flow": "row wrap", "max_width": ROW},
             )
             for row in self.cards
         ]
@@ -196,7 +198,7 @@ class Board:
             about = "" if exact else "about "
             best = min(known.losses)
             lines.append(
-                f"<b>rank {about}{rank:,}</b> of {known.of:,} networks with {size} filters; "
+                f"<b>rank {about}{rank:,}</b> of all {known.of:,} with {size} filters; "
                 f"{max(0, loss - best):.4f} nats above the best"
             )
         return "<br>".join(lines)

@@ -458,6 +458,7 @@ def network_cloud(
     paths: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping]],
     xlabel: str,
     title: str,
+    subtitle: str,
 ) -> Figure:
     """Many networks as a cloud of cost and loss, its front, and the paths of methods through it.
 
@@ -484,10 +485,14 @@ def network_cloud(
         [torch.tensor(to_rgb(INK)).expand(*alpha.shape, 3), 0.75 * alpha[..., None]], 2
     )
     axis.pcolormesh(x, y.exp(), shade[:, 1:].numpy(), rasterized=True)
-    better = losses[order, 0] < torch.cat([torch.tensor([math.inf]), front[:-1]])
-    axis.plot(costs[order][better], front[better], color=INK, lw=4, label="the best there is")
+    end = (1.03 * costs.max()).item()
+    best = {"color": INK, "lw": 3, "label": "the best there is", "solid_capstyle": "butt"}
+    axis.step([*costs[order], end], [*front, front[-1]], where="post", **best)
     for name, (xs, ys, look) in paths.items():
-        axis.plot(xs, ys, label=name, **{"lw": 2, **look})
+        axis.plot(xs, ys, label=name, **{"lw": 2, "marker": "o", "ms": 3.5, **look})
+    axis.text(
+        0.02, 0.97, "gray: where the networks are", transform=axis.transAxes, size=11, va="top"
+    )
     axis.set(xlabel=xlabel, ylabel="loss on training images (nats)", yscale="log")
     axis.set(xlim=(0, x[-1]), ylim=(low, high))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -497,5 +502,31 @@ def network_cloud(
         label.set_size(12)
     axis.tick_params(labelsize=12)
     axis.legend(fontsize=11, loc="upper right")
-    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=15)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=16)
+    axis.set_title(subtitle, size=12, pad=8, x=-0.075)
+    return figure
+
+
+def choices_side_by_side(
+    maps: Mapping[str, Tensor], choices: Mapping[str, Mapping[str, Sequence[int]]], title: str
+) -> Figure:
+    """One line a choice of filters: all feature maps, with those crossed out that don't stay.
+
+    ``maps`` (K, H, W) by layer; ``choices`` maps what is to be said of a choice to what it keeps.
+    """
+    filters = [(i, layer, k) for i, layer in enumerate(maps) for k in range(len(maps[layer]))]
+    figure, axes = _figure(len(choices), len(filters), 12, 1.05 * len(choices) + 0.35)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02)
+    for row, (said, kept) in zip(axes, choices.items(), strict=True):
+        row[0].set_title(said, size=11, pad=4)
+        for axis, (i, layer, k) in zip(row, filters, strict=True):
+            on = k in kept[layer]
+            brightness = PowerNorm(0.5, vmin=0, vmax=max(maps[layer].max().item(), 1e-6))
+            _picture(axis, maps[layer][k], cmap="magma", norm=brightness, alpha=1 if on else 0.25)
+            axis.set_xlabel(k, size=9, color=LAYERS[i], labelpad=2)
+            if not on:
+                end = maps[layer].shape[1] - 1
+                for ys in ((0, end), (end, 0)):
+                    axis.plot((0, end), ys, color=REMOVED, lw=2)
+    headline(figure, title)
     return figure
