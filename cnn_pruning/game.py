@@ -34,9 +34,12 @@ class Ranks:
         """Return the rank of a network with this loss, and whether it is exact or interpolated."""
         losses, ranks = np.asarray(self.losses), np.asarray(self.ranks)
         better = int((losses < loss - ROUNDING).sum())
-        if better == len(ranks) or ranks[better] == better + 1:  # every rank up to here is stored
-            return min(better + 1, self.of), True
-        between = np.interp(loss, losses[better - 1 :], np.log(ranks[better - 1 :]))
+        if better == len(ranks):
+            return self.of, True
+        if ranks[better] == better + 1:  # every rank up to here is stored
+            return better + 1, True
+        around = slice(better - 1, better + 1)  # and no further, since many losses can be equal
+        between = np.interp(loss, losses[around], np.log(ranks[around]))
         return int(np.clip(np.exp(between).round(), ranks[better - 1] + 1, self.of)), False
 
 

@@ -453,7 +453,7 @@ def _in_256(values: Tensor) -> np.ndarray:
 def network_cloud(
     costs: Tensor,
     counts: Tensor,
-    shares: Tensor,
+    percent: Tensor,
     losses: Tensor,
     paths: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping]],
     xlabel: str,
@@ -463,7 +463,7 @@ def network_cloud(
     """Many networks as a cloud of cost and loss, its front, and the paths of methods through it.
 
     The networks come in P groups of one cost: ``costs`` and ``counts`` (P,), and of each group the
-    quantiles ``losses`` (P, Q) of the loss at ``shares`` (Q,), which begin at 0 and end at 1.
+    quantiles ``losses`` (P, Q) of the loss at ``percent`` (Q,), which go from 0 to 100.
     ``paths`` maps a name to costs, losses and options of ``plot``. The cloud is smoothed a little
     along the cost, and shown by the logarithm of the number of networks.
     """
@@ -475,7 +475,7 @@ def network_cloud(
     below = torch.searchsorted(costs[order].contiguous(), x, right=True) - 1
     edge = torch.where(below >= 0, front[below.clamp(min=0)], math.inf)
     # Between two quantiles, the share of the networks rises evenly with the logarithm of the loss.
-    rows = [np.interp(y, group.log(), shares, left=0, right=1) for group in losses]
+    rows = [np.interp(y, group.log(), percent / 100, left=0, right=1) for group in losses]
     mass = torch.tensor(np.diff(rows, axis=1)) * counts[:, None]
     near = torch.exp(-((x[:, None] - costs) / (0.012 * costs.max())).square() / 2)
     density = (near.to(mass) @ mass).T

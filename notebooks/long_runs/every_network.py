@@ -408,6 +408,12 @@ def rounded(rows: list[dict]) -> list[dict]:
     return [{k: round(v, 6) if isinstance(v, float) else v for k, v in r.items()} for r in rows]
 
 
+def quantiles(ordered: Tensor) -> Tensor:
+    """The values at ``PERCENT`` of the way through ``ordered``, which begins with the lowest."""
+    shares = torch.tensor(PERCENT, dtype=torch.float64) / 100
+    return ordered[(shares * (len(ordered) - 1)).round().long()]
+
+
 def rows_of_pairs(seed: int, table: Tensor) -> list[dict]:
     first, second = (each.flatten() for each in widths())
     rows = []
@@ -418,9 +424,8 @@ def rows_of_pairs(seed: int, table: Tensor) -> list[dict]:
             values, order = losses.sort()
             row, column = divmod(order[0].item(), len(those))
             best = (these[row] << SECOND | those[column]).item()
-            shares = torch.tensor(PERCENT, dtype=torch.float64) / 100
-            places = (shares * (len(values) - 1)).round().long()
-            at = {f"{p}%": round(values[k].item(), 5) for p, k in zip(PERCENT, places, strict=True)}
+            at = quantiles(values).tolist()
+            at = {f"{p}%": round(loss, 5) for p, loss in zip(PERCENT, at, strict=True)}
             new = {"seed": seed, "first": i, "second": j, "networks": len(values), "best": best}
             rows.append(new | at)
     return rows
