@@ -465,34 +465,34 @@ def network_cloud(
     The networks come in P groups of one cost: ``costs`` and ``counts`` (P,), and of each group the
     quantiles ``losses`` (P, Q) of the loss at ``percent`` (Q,), which go from 0 to 100.
     ``paths`` maps a name to costs, losses and options of ``plot``. The cloud is smoothed a little
-    along the cost, and shown by the logarithm of the number of networks.
+    along both axes.
     """
     figure, ((axis,),) = _figure(1, 1, 7.6, 5.8)
     order = costs.argsort()
     front = losses[order, 0].cummin(0).values
     low, high = 0.93 * front.min(), losses.max()
-    x, y = torch.linspace(0, 1.03 * costs.max(), 400), torch.linspace(low.log(), high.log(), 300)
+    x, y = torch.linspace(0, 1.03 * costs.max(), 800), torch.linspace(low.log(), high.log(), 501)
     below = torch.searchsorted(costs[order].contiguous(), x, right=True) - 1
     edge = torch.where(below >= 0, front[below.clamp(min=0)], math.inf)
     # Between two quantiles, the share of the networks rises evenly with the logarithm of the loss.
     rows = [np.interp(y, group.log(), percent / 100, left=0, right=1) for group in losses]
     mass = torch.tensor(np.diff(rows, axis=1)) * counts[:, None]
-    near = torch.exp(-((x[:, None] - costs) / (0.012 * costs.max())).square() / 2)
-    density = (near.to(mass) @ mass).T
+    near = torch.exp(-((x[:, None] - costs) / (0.012 * costs.max())).square() / 2).to(mass)
+    steps = torch.arange(len(y) - 1)
+    soft = torch.exp(-((steps[:, None] - steps) / 8).square() / 2).to(mass)
+    density = soft @ (near @ mass).T
     density[y[1:, None] < edge.log()] = 0
-    alpha = ((density + 1).log() / (density.max() + 1).log()).clamp(0, 1)
-    shade = torch.cat(
-        [torch.tensor(to_rgb(INK)).expand(*alpha.shape, 3), 0.75 * alpha[..., None]], 2
-    )
-    axis.pcolormesh(x, y.exp(), shade[:, 1:].numpy(), rasterized=True)
+    # A shade for each power of ten below the densest place.
+    shade = (density / density.max()).clamp(min=1e-9).log10().add(6).clamp(min=0).ceil()
+    gray = torch.tensor(to_rgb(INK)).expand(*shade.shape, 3)
+    axis.pcolormesh(x, y.exp(), torch.cat([gray, 0.11 * shade[..., None]], 2)[:, 1:].numpy())
+    words = "each shade of gray:\nten times as\nmany networks"
+    axis.text(0.99, 0.46, words, transform=axis.transAxes, size=11, ha="right", va="center")
     end = (1.03 * costs.max()).item()
     best = {"color": INK, "lw": 3, "label": "the best there is", "solid_capstyle": "butt"}
     axis.step([*costs[order], end], [*front, front[-1]], where="post", **best)
     for name, (xs, ys, look) in paths.items():
         axis.plot(xs, ys, label=name, **{"lw": 2, "marker": "o", "ms": 3.5, **look})
-    axis.text(
-        0.02, 0.97, "gray: where the networks are", transform=axis.transAxes, size=11, va="top"
-    )
     axis.set(xlabel=xlabel, ylabel="loss on training images (nats)", yscale="log")
     axis.set(xlim=(0, x[-1]), ylim=(low, high))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -516,9 +516,10 @@ def choices_side_by_side(
     """
     filters = [(i, layer, k) for i, layer in enumerate(maps) for k in range(len(maps[layer]))]
     figure, axes = _figure(len(choices), len(filters), 12, 1.05 * len(choices) + 0.35)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.13)
     for row, (said, kept) in zip(axes, choices.items(), strict=True):
-        row[0].set_title(said, size=11, pad=4)
+        words = row[0].text(0, 1.12, said, transform=row[0].transAxes, size=11)
+        words.set_in_layout(False)  # it is as long as the row
         for axis, (i, layer, k) in zip(row, filters, strict=True):
             on = k in kept[layer]
             brightness = PowerNorm(0.5, vmin=0, vmax=max(maps[layer].max().item(), 1e-6))
