@@ -5,16 +5,19 @@ import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -902,3 +905,123 @@ def explorer(
     show()
     display(HTML("<i>No slider here? Choose Run, Run All Cells.</i>"))
     return ipywidgets.VBox([slider, picture, text])
+
+
+def filter_card(kernel: Tensor, feature_map: Tensor, limit: float, on: bool = True) -> bytes:
+    """A small PNG for a card: a feature map beside its kernel; crossed out where it is off.
+
+    ``kernel`` (C, 3, 3), colored from -limit to limit; ``feature_map`` (H, W) from 0 to 1, whose
+    brightness is the square root of its values.
+    """
+    scale = 56 // feature_map.shape[0]
+    left = Image.fromarray(_shades("magma")[_in_256(feature_map.sqrt())]).resize(
+        [scale * n for n in feature_map.T.shape], 0
+    )
+    columns = 1 if len(kernel) == 1 else 2
+    side = 24 if columns == 1 else 12
+    card = Image.new("RGBA", (left.width + 36, left.height))
+    card.paste(left)
+    for i, part in enumerate(kernel):
+        colors = _shades("RdBu_r")[_in_256(0.5 + 0.5 * part / limit)]
+        at = (left.width + 4 + (i % columns) * (side + 2), (i // columns) * (side + 2))
+        card.paste(Image.fromarray(colors).resize((side, side), 0), at)
+    if not on:
+        card.putalpha(card.getchannel("A").point(lambda a: a // 4))
+        end = (left.width - 1, left.height - 1)
+        for line in ((0, 0, *end), (0, end[1], end[0], 0)):
+            ImageDraw.Draw(card).line(line, fill=REMOVED, width=4)
+    file = io.BytesIO()
+    card.save(file, "PNG")
+    return file.getvalue()
+
+
+@cache
+def _shades(name: str) -> np.ndarray:
+    return colormaps[name](np.arange(256), bytes=True)
+
+
+def _in_256(values: Tensor) -> np.ndarray:
+    return (255 * values.clamp(0, 1)).byte().numpy()
+
+
+def network_cloud(
+    costs: Tensor,
+    counts: Tensor,
+    percent: Tensor,
+    losses: Tensor,
+    paths: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping]],
+    xlabel: str,
+    title: str,
+    subtitle: str,
+) -> Figure:
+    """Many networks as a cloud of cost and loss, its front, and the paths of methods through it.
+
+    The networks come in P groups of one cost: ``costs`` and ``counts`` (P,), and of each group the
+    quantiles ``losses`` (P, Q) of the loss at ``percent`` (Q,), which go from 0 to 100.
+    ``paths`` maps a name to costs, losses and options of ``plot``. The cloud is smoothed a little
+    along both axes.
+    """
+    figure, ((axis,),) = _figure(1, 1, 7.6, 5.8)
+    order = costs.argsort()
+    front = losses[order, 0].cummin(0).values
+    low, high = 0.93 * front.min(), losses.max()
+    x, y = torch.linspace(0, 1.03 * costs.max(), 800), torch.linspace(low.log(), high.log(), 501)
+    below = torch.searchsorted(costs[order].contiguous(), x, right=True) - 1
+    edge = torch.where(below >= 0, front[below.clamp(min=0)], math.inf)
+    # Between two quantiles, the share of the networks rises evenly with the logarithm of the loss.
+    rows = [np.interp(y, group.log(), percent / 100, left=0, right=1) for group in losses]
+    mass = torch.tensor(np.diff(rows, axis=1)) * counts[:, None]
+    near = torch.exp(-((x[:, None] - costs) / (0.012 * costs.max())).square() / 2).to(mass)
+    steps = torch.arange(len(y) - 1)
+    soft = torch.exp(-((steps[:, None] - steps) / 8).square() / 2).to(mass)
+    density = soft @ (near @ mass).T
+    density[y[1:, None] < edge.log()] = 0
+    # A shade for each power of ten below the densest place.
+    shade = (density / density.max()).clamp(min=1e-9).log10().add(6).clamp(min=0).ceil()
+    gray = torch.tensor(to_rgb(INK)).expand(*shade.shape, 3)
+    axis.pcolormesh(x, y.exp(), torch.cat([gray, 0.11 * shade[..., None]], 2)[:, 1:].numpy())
+    words = "each shade of gray:\nten times as\nmany networks"
+    axis.text(0.99, 0.46, words, transform=axis.transAxes, size=11, ha="right", va="center")
+    end = (1.03 * costs.max()).item()
+    best = {"color": INK, "lw": 3, "label": "the best there is", "solid_capstyle": "butt"}
+    axis.step([*costs[order], end], [*front, front[-1]], where="post", **best)
+    for name, (xs, ys, look) in paths.items():
+        axis.plot(xs, ys, label=name, **{"lw": 2, "marker": "o", "ms": 3.5, **look})
+    axis.set(xlabel=xlabel, ylabel="loss on training images (nats)", yscale="log")
+    axis.set(xlim=(0, x[-1]), ylim=(low, high))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    for label in (axis.xaxis.label, axis.yaxis.label, *axis.get_xticklabels()):
+        label.set_size(12)
+    axis.tick_params(labelsize=12)
+    axis.legend(fontsize=11, loc="upper right")
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=16)
+    axis.set_title(subtitle, size=12, pad=8, x=-0.075)
+    return figure
+
+
+def choices_side_by_side(
+    maps: Mapping[str, Tensor], choices: Mapping[str, Mapping[str, Sequence[int]]], title: str
+) -> Figure:
+    """One line a choice of filters: all feature maps, with those crossed out that don't stay.
+
+    ``maps`` (K, H, W) by layer; ``choices`` maps what is to be said of a choice to what it keeps.
+    """
+    filters = [(i, layer, k) for i, layer in enumerate(maps) for k in range(len(maps[layer]))]
+    figure, axes = _figure(len(choices), len(filters), 12, 1.05 * len(choices) + 0.35)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.13)
+    for row, (said, kept) in zip(axes, choices.items(), strict=True):
+        words = row[0].text(0, 1.12, said, transform=row[0].transAxes, size=11)
+        words.set_in_layout(False)  # it is as long as the row
+        for axis, (i, layer, k) in zip(row, filters, strict=True):
+            on = k in kept[layer]
+            brightness = PowerNorm(0.5, vmin=0, vmax=max(maps[layer].max().item(), 1e-6))
+            _picture(axis, maps[layer][k], cmap="magma", norm=brightness, alpha=1 if on else 0.25)
+            axis.set_xlabel(k, size=9, color=LAYERS[i], labelpad=2)
+            if not on:
+                end = maps[layer].shape[1] - 1
+                for ys in ((0, end), (end, 0)):
+                    axis.plot((0, end), ys, color=REMOVED, lw=2)
+    headline(figure, title)
+    return figure

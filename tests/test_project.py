@@ -169,6 +169,7 @@ FLOORS = [
         "measure",
         "iterative",
         "plots",
+        "game",
     ),
     *("alive", "tracking", "baseline", "__main__"),
 ]
