@@ -139,7 +139,8 @@ def networks(
     yield untrained(small.channels, model, images[:IMAGES], seed), of, False
 
 
-def rows_of_seed(seed: int, splits: tuple) -> list[dict]:
+def compare(seed: int, splits: tuple) -> list[dict]:
+    """Make every network of one seed; return a row for each."""
     train, val, test = splits
     model, _ = baseline(*splits, seed=seed, **BASELINE)
     rows = []
@@ -156,7 +157,7 @@ def rows_of_seed(seed: int, splits: tuple) -> list[dict]:
 def main(given: list[str] | None = None) -> None:
     seeds, folder = whole_tables.arguments(__doc__, SEEDS, given)
     splits = fashion_mnist()
-    rows = [row for seed in seeds for row in rows_of_seed(seed, splits)]
+    rows = [row for seed in seeds for row in compare(seed, splits)]
     whole_tables.write({folder / TABLE.name: rows}, settings(seeds))
 
 
