@@ -416,7 +416,7 @@ def accuracy_by_stage(
     gaps: Mapping[str, tuple[Sequence[str], Sequence[tuple[float, float]]]],
     title: str,
 ) -> Figure:
-    """Accuracy (%) stage after stage, a thin line a network and a thick one for their mean.
+    """Test accuracy stage after stage, a thin line a network and a thick one for their mean.
 
     ``panels`` maps a title to the names of its stages and the accuracies (networks, stages) of each
     method, named as in ``METHODS``; ``whole`` is drawn as a dotted line. The last panel has
@@ -433,7 +433,9 @@ def accuracy_by_stage(
             axis.plot(x, 100 * accuracy.mean(0), "o-", color=color, lw=3, label=method)
         axis.axhline(100 * whole, color=INK, lw=1, ls=":")
         axis.text(len(stages) - 1, 100 * whole, "the whole network", ha="right", va="bottom")
-        axis.set(title=name, ylabel="accuracy (%)", xlim=(-0.2, len(stages) - 0.8))
+        axis.set(title=name, ylabel="test accuracy (%)", xlim=(-0.2, len(stages) - 0.8))
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.04 * (high - low))
         axis.set_xticks(range(len(stages)), stages)
     axes[0].legend(loc="lower right")
     last = axes[-1]

@@ -124,7 +124,7 @@ def networks(
         for method, repair in REPAIRS[removed]:
             small = repaired(model, by_method[method], repair, images[:IMAGES])
             of = {"removed": removed, "method": method, "repair": repair}
-            of |= {"images": None if repair == "none" else IMAGES}
+            of |= {"images": 0 if repair == "none" else IMAGES}
             final = repair in ("none", "both")
             yield small, of, final
             for epochs in EPOCHS[removed] if final and method in FINE_TUNED else ():
@@ -145,7 +145,7 @@ def compare(seed: int, splits: tuple) -> list[dict]:
     model, _ = baseline(*splits, seed=seed, **BASELINE)
     rows = []
     for network, columns, final in networks(model, train, val, seed):
-        row = dict.fromkeys(COLUMNS) | {"seed": seed, "epochs": 0} | columns
+        row = dict.fromkeys(COLUMNS, 0) | {"seed": seed} | columns
         row["channels"] = "-".join(map(str, network.channels))
         row["val_accuracy"] = evaluate(network, val)[1]
         row["test_accuracy"] = evaluate(network, test)[1] if final else None
