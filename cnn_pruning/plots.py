@@ -430,7 +430,8 @@ def accuracy_by_stage(
         for method, accuracy in methods.items():
             color, x = METHODS[method], range(len(stages))
             axis.plot(x, 100 * accuracy.T, color=color, lw=0.8, alpha=0.5)
-            axis.plot(x, 100 * accuracy.mean(0), "o-", color=color, lw=3, label=method)
+            label = method.replace("taylor", "Taylor")
+            axis.plot(x, 100 * accuracy.mean(0), "o-", color=color, lw=3, label=label)
         axis.axhline(100 * whole, color=INK, lw=1, ls=":")
         axis.text(len(stages) - 1, 100 * whole, "the whole network", ha="right", va="bottom")
         axis.set(title=name, ylabel="test accuracy (%)", xlim=(-0.2, len(stages) - 0.8))
