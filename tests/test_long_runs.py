@@ -3,7 +3,16 @@
 import pandas as pd
 import pytest
 import torch
-from long_runs import own_network, pictures, residual, schedules, seeds, updates, whole_tables
+from long_runs import (
+    own_network,
+    pictures,
+    repair,
+    residual,
+    schedules,
+    seeds,
+    updates,
+    whole_tables,
+)
 from torch.utils.data import TensorDataset
 
 from cnn_pruning import CNN, filter_scores, select_filters
@@ -13,8 +22,8 @@ from cnn_pruning.paths import ROOT
 
 PROGRAMS = pytest.mark.parametrize(
     "program",
-    [seeds, schedules, updates, own_network, residual],
-    ids=["seeds", "schedules", "updates", "own_network", "residual"],
+    [seeds, schedules, updates, own_network, residual, repair],
+    ids=["seeds", "schedules", "updates", "own_network", "residual", "repair"],
 )
 TABLES = {
     seeds.TABLE: seeds,
@@ -23,6 +32,7 @@ TABLES = {
     updates.TABLE: updates,
     own_network.TABLE: own_network,
     residual.TABLE: residual,
+    repair.TABLE: repair,
 }
 NETWORKS = {own_network: own_network.TRAINED.name, residual: residual.TRAINED.name}
 EACH_TABLE = pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
@@ -51,8 +61,8 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
         return rows(seed)
 
     monkeypatch.setattr(program, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
-    if program is seeds:
-        monkeypatch.setattr(seeds, "compare", lambda seed, splits: make(seed))
+    if program in (seeds, repair):
+        monkeypatch.setattr(program, "compare", lambda seed, splits: make(seed))
         return
     if program is updates:
         monkeypatch.setattr(updates, "on_the_way", lambda seed, splits: make(seed))

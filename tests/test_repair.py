@@ -1,4 +1,4 @@
-"""The repairs of notebook 10, and what it says about ten networks."""
+"""The repairs of notebook 10, and what it says about several networks."""
 
 import pandas as pd
 import pytest
