@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
@@ -150,7 +149,7 @@ def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str,
     return {"val accuracy": evaluate(model, val)[1], "test accuracy": evaluate(model, test)[1]}
 
 
-def show(what: str, figure: Figure, name: str) -> None:
+def show(what: str, figure: plots.Figure, name: str) -> None:
     print(f"{what}: {tracking.log_figure(figure, name)}")
 
 
