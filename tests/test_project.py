@@ -11,21 +11,14 @@ import tomllib
 import pytest
 import torchinfo
 
+import notebooks
 from cnn_pruning import CNN
 from cnn_pruning.paths import ROOT
+from notebooks import cells, text
 
 README = (ROOT / "README.md").read_text()
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [*notebooks.NOTEBOOKS.values()]
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def cells(path, kind):
-    notebook = json.loads(path.read_text())
-    return [c for c in notebook["cells"] if c["cell_type"] == kind and c["source"]]
-
-
-def text(cell):
-    return "".join(cell["source"])
 
 
 def test_conda_takes_every_dependency_from_the_project():
@@ -114,26 +107,22 @@ def test_the_table_of_the_readme_has_the_parameters_of_both_networks():
     assert "\n".join(lines) in README
 
 
-def printed_by_notebooks():
-    return [
-        "".join(output["text"])
-        for path in NOTEBOOKS
-        for cell in cells(path, "code")
-        for output in cell["outputs"]
-        if output.get("name") == "stdout"
-    ]
-
-
 def test_the_results_in_the_readme_are_those_of_the_notebooks():
-    blocks = README.split("```")[1::2]
-    results = [block.strip("\n") for block in blocks if block.startswith("\n")]  # no language
-    assert len(results) >= 2
-    for result in results:
-        assert any(result in text for text in printed_by_notebooks()), result
+    tables = [table for path in NOTEBOOKS for table in notebooks.shown(path)]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.split("\n")
+        if line.startswith("|")
+    ]
+    quoted = [table for table in tables if table[0] in lines]
+    assert len(quoted) >= 3
+    for headings, *rows in quoted:
+        at = lines.index(headings) + 2  # behind the dashes
+        assert lines[at : at + len(rows)] == rows, headings
 
 
 def test_what_the_readme_quotes_is_what_a_notebook_printed():
-    printed = [" ".join(text.split()) for text in printed_by_notebooks()]
+    printed = [" ".join(notebooks.printed(path).split()) for path in NOTEBOOKS]
     quotes = re.findall(r"^> (.+)$", README, re.MULTILINE)
     assert quotes
     for quote in quotes:

@@ -1,66 +1,15 @@
 """What the sentences of notebooks 1 to 3 say is what their cells printed."""
 
-import json
 import re
 
 import pytest
 from scipy.stats import spearmanr
 
-from cnn_pruning.paths import ROOT
+from notebooks import cells, number, outputs, printed, prose, tables, text
 
-NAMES = ("01_criterion", "02_training", "03_filter_scores")
-EACH = pytest.mark.parametrize("name", NAMES)
+EACH = pytest.mark.parametrize("name", ["01", "02", "03"])
 WORDS_A_MINUTE, LINES_A_MINUTE = 200, 12
 FENCED = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
-
-
-def cells(name, kind):
-    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
-
-
-def text(cell):
-    return "".join(cell["source"])
-
-
-def prose(name):
-    return "\n".join(map(text, cells(name, "markdown")))
-
-
-def outputs(name):
-    return [output for cell in cells(name, "code") for output in cell["outputs"]]
-
-
-def printed(name):
-    streams = [output for output in outputs(name) if output["output_type"] == "stream"]
-    return "".join(line for output in streams for line in output["text"])
-
-
-def number(name, pattern):
-    """The number in the parentheses of ``pattern``, in what the notebook printed."""
-    found = re.search(pattern, printed(name))
-    assert found, pattern
-    return float(found[1])
-
-
-def tables(name):
-    """The tables that the notebook shows: {column: {row: number}} for each."""
-    return [
-        {column: dict(rows) for column, rows in _columns("".join(output["data"]["text/html"]))}
-        for output in outputs(name)
-        if "<table" in "".join(output.get("data", {}).get("text/html", ""))
-    ]
-
-
-def _columns(html):
-    head = re.findall(r"<th>([^<]*)</th>", html.split("</thead>")[0])[1:]
-    body = html.split("<tbody>")[1].split("</tr>")[:-1]
-    rows = [
-        (re.search(r"<th>([^<]*)</th>", row)[1], re.findall(r"<td>([^<]*)", row)) for row in body
-    ]
-    columns = [name for name in head if name][: len(rows[0][1])]
-    for i, column in enumerate(columns):
-        yield column, [(row, float(values[i])) for row, values in rows]
 
 
 # All three
@@ -95,7 +44,7 @@ def test_no_figure_asks_for_a_white_page(name):
 
 
 def test_the_size_of_the_slopes_orders_the_filters_and_their_mean_misses_the_change():
-    means, curvatures = tables("01_criterion")
+    means, curvatures = tables("01")
     change, slope, size = (list(means[c].values()) for c in ("true change", "-y", "|y|"))
     assert spearmanr(size, change).statistic > 0.8
     assert sum(slope) < sum(change) / 2
@@ -106,7 +55,7 @@ def test_the_size_of_the_slopes_orders_the_filters_and_their_mean_misses_the_cha
 
 
 def test_the_squares_with_real_labels_are_near_the_curvature():
-    _, curvatures = tables("01_criterion")
+    _, curvatures = tables("01")
     half, drawn, real = (
         list(curvatures[c].values())
         for c in ("curvature / 2", "y² / 2, labels drawn", "y² / 2, real labels")
@@ -120,32 +69,32 @@ def test_the_squares_with_real_labels_are_near_the_curvature():
 
 
 def test_the_network_is_as_good_as_with_every_seed_that_was_tried():
-    assert number("02_training", r"Test accuracy ([\d.]+)%") > 88
+    assert number("02", r"Test accuracy ([\d.]+)%") > 88
 
 
 def test_trousers_are_easy_to_tell_and_shirts_are_not():
-    said = printed("02_training")
+    said = printed("02")
     assert "Best: Trouser" in said
     assert re.search(r"Worst: Shirt, [\d.]+% right, most often taken for (T-shirt|Pull|Coat)", said)
 
 
 def test_most_mistakes_are_among_four_tops():
-    assert number("02_training", r"among T-shirts, pullovers, coats and shirts: (\d+)%") > 50
+    assert number("02", r"among T-shirts, pullovers, coats and shirts: (\d+)%") > 50
 
 
 def test_the_training_loss_can_be_the_higher_one():
-    history = tables("02_training")[0]
+    history = tables("02")[0]
     assert history["train_loss"]["1"] > history["val_loss"]["1"]
 
 
 def test_the_validation_loss_levels_off_and_the_training_loss_does_not():
-    history = tables("02_training")[0]
+    history = tables("02")[0]
     val, train = ([history[key][str(e)] for e in (4, 5)] for key in ("val_loss", "train_loss"))
     assert abs(val[0] - val[1]) < (train[0] - train[1]) / 3
 
 
 def test_the_address_shows_the_runs_at_once_and_the_name_tells_them_apart():
-    said = printed("02_training")
+    said = printed("02")
     assert re.search(r"http://127\.0\.0\.1:5000/#/experiments/\d+/runs\n", said)
     name = re.search(r"The run is called: (.*)", said)[1]
     for part in ("channels 8-16", "seed 1", "epochs 5"):
@@ -157,7 +106,7 @@ def test_the_address_shows_the_runs_at_once_and_the_name_tells_them_apart():
 
 
 def test_the_maps_of_a_low_score_are_flat_and_the_second_layer_has_small_gradients_too():
-    table = tables("03_filter_scores")[0]
+    table = tables("03")[0]
     for layer, filters in (("network.0", 8), ("network.2", 16)):
         chance = 1.645 / (filters - 1) ** 0.5
         assert table[layer]["contrast (standard deviation)"] > chance
@@ -167,7 +116,7 @@ def test_the_maps_of_a_low_score_are_flat_and_the_second_layer_has_small_gradien
 
 
 def test_normalizing_changes_some_choices_though_not_the_seven_lowest():
-    said = printed("03_filter_scores")
+    said = printed("03")
     assert "Among the 7 lowest, 0 filters differ." in said
     assert re.search(r"choose differently for n = \d", said)
     norms = [float(value) for value in re.findall(r"norm ([\d.e-]+),", said)]
@@ -175,7 +124,7 @@ def test_normalizing_changes_some_choices_though_not_the_seven_lowest():
 
 
 def test_the_layer_alone_tells_much_and_the_scores_order_the_second_layer():
-    name = "03_filter_scores"
+    name = "03"
     for kind in ("raw", "normalized"):
         assert number(name, rf"filters, {kind}: ([\d.]+)") > number(
             name, r"the layer alone: ([\d.]+)"
@@ -191,8 +140,8 @@ def test_the_layer_alone_tells_much_and_the_scores_order_the_second_layer():
 
 
 def test_a_few_hundred_images_are_enough():
-    assert number("03_filter_scores", r"With 256 images the rank correlation is ([\d.]+)") > 0.95
+    assert number("03", r"With 256 images the rank correlation is ([\d.]+)") > 0.95
 
 
 def test_no_filter_makes_the_training_loss_worse():
-    assert number("03_filter_scores", r"Filters without which the training loss falls: (\d+)") == 0
+    assert number("03", r"Filters without which the training loss falls: (\d+)") == 0

@@ -1,7 +1,6 @@
 """What notebook 9 says in words, held against the tables of its long runs and the package."""
 
 import ast
-import json
 import re
 
 import pandas as pd
@@ -10,6 +9,7 @@ from long_runs import own_network, residual
 from scipy.stats import t
 
 from cnn_pruning.paths import ROOT
+from notebooks import prose
 
 ENDS = {"weight, fine-tuned", "random, fine-tuned", "scratch, same epochs"}
 LEAST = min(residual.SHARES)
@@ -90,9 +90,7 @@ def test_one_shot_down_to_the_smallest_size_is_too_far_for_every_score(pruned):
 
 
 def test_every_error_that_the_notebook_explains_is_one_that_the_package_raises():
-    notebook = json.loads((ROOT / "notebooks" / "09_your_own_network.ipynb").read_text())
-    markdown = "".join("".join(c["source"]) for c in notebook["cells"])
-    table = markdown.partition("| the error says |")[2].partition("\n\n")[0]
+    table = prose("09").partition("| the error says |")[2].partition("\n\n")[0]
     explained = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
     assert len(explained) >= 5
     trees = [ast.parse(path.read_text()) for path in (ROOT / "cnn_pruning").glob("*.py")]
