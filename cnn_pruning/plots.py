@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw
@@ -304,59 +303,3 @@ def _shades(name: str) -> np.ndarray:
 
 def _in_256(values: Tensor) -> np.ndarray:
     return (255 * values.clamp(0, 1)).byte().numpy()
-
-
-def overview(
-    image: Tensor,
-    maps: Mapping[str, Tensor],
-    scores: Mapping[str, Tensor],
-    removed: Mapping[str, Sequence[int]],
-    outcome: Sequence[str] = (),
-) -> Figure:
-    """The README's picture: every filter's feature map on ``image`` above its score.
-
-    ``image`` (H, W); ``maps`` (K, H, W) and normalized ``scores`` (K,) for each layer, whose bars
-    have one scale. The filters of each layer stand in the order of their scores; those in
-    ``removed`` are crossed out. ``outcome`` are lines that stand beside the first layer, below what
-    is left of the filters.
-    """
-    widest = max(len(values) for values in scores.values())
-    figure, axes = subplots(
-        2 * len(scores),
-        widest + 1,
-        12,
-        2 * len(scores) + 0.4,
-        gridspec_kw={"width_ratios": [1.9, *[1] * widest], "height_ratios": [1, 1] * len(scores)},
-    )
-    figure.get_layout_engine().set(h_pad=0.01, w_pad=0.02)
-    highest = max(values.max().item() for values in scores.values())
-    for axis in axes.flat:
-        axis.axis("off")
-    bare_image(axes[0, 0], image, cmap="gray_r")
-    for i, (layer, values) in enumerate(scores.items()):
-        top, bottom = axes[2 * i], axes[2 * i + 1]
-        color, filters = LAYERS[i % len(LAYERS)], len(values)
-        words = {"color": color, "weight": "bold", "size": 11, "va": "top"}
-        bottom[0].text(0, 1, f"Convolution {i + 1}:\n{filters} filters", **words)
-        bottom[0].text(0, 0.42, "above, what each\nsees; here, its score", size=9, va="top")
-        brightness = PowerNorm(0.5, vmin=0, vmax=maps[layer].max().item())
-        order = values.argsort(descending=True).tolist()
-        for column, k in enumerate(order, start=1):
-            gone = k in removed.get(layer, [])
-            bare_image(top[column], maps[layer][k], cmap="magma", norm=brightness)
-            look = {"fc": "none", "ec": REMOVED, "hatch": "////"} if gone else {"fc": color}
-            bottom[column].bar([0], [values[k]], width=0.4, **look)
-            bottom[column].set(xlim=(-0.5, 0.5), ylim=(0, highest))
-            if gone:
-                end = maps[layer].shape[1] - 1
-                for ys in ((0, end), (end, 0)):
-                    top[column].plot((0, end), ys, color=REMOVED, lw=2.5)
-    before, gone = (sum(map(len, each.values())) for each in (scores, removed))
-    lines = "\n".join((f"{before} filters → {before - gone}", *outcome))
-    beside = len(next(iter(scores.values()))) + 2
-    if beside < widest:
-        look = {"size": 15, "va": "top", "linespacing": 1.8}
-        words = axes[0, beside].text(0, 1, lines, transform=axes[0, beside].transAxes, **look)
-        words.set_in_layout(False)  # it takes the place of several columns
-    headline(figure, f"Every filter gets a score; the {gone} lowest leave the network")
-    return figure
