@@ -9,15 +9,16 @@ import sys
 import tomllib
 
 import pytest
+import saved_notebooks
 import torchinfo
+from saved_notebooks import cells, text
 
-import notebooks
 from cnn_pruning import CNN
 from cnn_pruning.paths import ROOT
-from notebooks import cells, text
 
 README = (ROOT / "README.md").read_text()
-NOTEBOOKS = [*notebooks.NOTEBOOKS.values()]
+NOTEBOOKS = [*saved_notebooks.NOTEBOOKS.values()]
+FIGURES = sorted((ROOT / "notebooks" / "figures").glob("*.py"))
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -108,7 +109,7 @@ def test_the_table_of_the_readme_has_the_parameters_of_both_networks():
 
 
 def test_the_results_in_the_readme_are_those_of_the_notebooks():
-    tables = [table for path in NOTEBOOKS for table in notebooks.shown(path)]
+    tables = [table for path in NOTEBOOKS for table in saved_notebooks.shown(path)]
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in README.split("\n")
@@ -122,7 +123,7 @@ def test_the_results_in_the_readme_are_those_of_the_notebooks():
 
 
 def test_what_the_readme_quotes_is_what_a_notebook_printed():
-    printed = [" ".join(notebooks.printed(path).split()) for path in NOTEBOOKS]
+    printed = [" ".join(saved_notebooks.printed(path).split()) for path in NOTEBOOKS]
     quotes = re.findall(r"^> (.+)$", README, re.MULTILINE)
     assert quotes
     for quote in quotes:
@@ -140,8 +141,28 @@ def test_the_readme_names_every_file_of_the_package_and_how_long_it_is_at_most()
     there = {path.name for path in (ROOT / "cnn_pruning").glob("*.py")}
     assert sorted(named) == sorted(there - {"__init__.py"})
     for files, most in package_table():
-        lines = sum(len((ROOT / "cnn_pruning" / file).read_text().splitlines()) for file in files)
-        assert lines < most, files
+        assert lines_of(ROOT / "cnn_pruning" / file for file in files) < most, files
+    (most,) = re.findall(r"\| `notebooks/figures` \| under (\d+) \|$", README, re.MULTILINE)
+    assert lines_of(FIGURES) < int(most)
+
+
+def test_a_figure_that_one_notebook_alone_draws_stands_beside_the_notebooks():
+    folders = (ROOT / "notebooks" / "long_runs", ROOT / "tests" / "benchmarks")
+    programs = [path for folder in folders for path in folder.glob("*.py")]
+    outside = [path.read_text() for path in (*NOTEBOOKS, *FIGURES, *programs)]
+    package = "".join(path.read_text() for path in (ROOT / "cnn_pruning").glob("*.py"))
+    for node in ast.parse((ROOT / "cnn_pruning" / "plots.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            call = re.compile(rf"\b{node.name}\(")
+            within = len(call.findall(package)) - 1  # the definition
+            assert within or sum(bool(call.search(text)) for text in outside) > 1, node.name
+    for path in FIGURES:
+        users = [n for n in NOTEBOOKS if f"from figures.{path.stem} import" in n.read_text()]
+        assert len(users) == 1, path.name
+
+
+def lines_of(paths):
+    return sum(len(path.read_text().splitlines()) for path in paths)
 
 
 # From the ground up: each module imports only from those before it.

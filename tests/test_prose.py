@@ -3,9 +3,8 @@
 import re
 
 import pytest
+from saved_notebooks import cells, number, outputs, printed, prose, tables, text
 from scipy.stats import spearmanr
-
-from notebooks import cells, number, outputs, printed, prose, tables, text
 
 EACH = pytest.mark.parametrize("name", ["01", "02", "03"])
 WORDS_A_MINUTE, LINES_A_MINUTE = 200, 12

@@ -9,10 +9,10 @@ import re
 
 import pandas as pd
 import pytest
+from saved_notebooks import cells, printed, prose, tables, text
 from scipy.stats import t
 
 from cnn_pruning.paths import ROOT
-from notebooks import cells, printed, prose, tables, text
 
 SEEDS = pd.read_csv(ROOT / "notebooks" / "long_runs" / "seeds.csv", comment="#")
 NUMBER = r"([-+]?\d+\.\d+)"

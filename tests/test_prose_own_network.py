@@ -6,10 +6,10 @@ import re
 import pandas as pd
 import pytest
 from long_runs import own_network, residual
+from saved_notebooks import prose
 from scipy.stats import t
 
 from cnn_pruning.paths import ROOT
-from notebooks import prose
 
 ENDS = {"weight, fine-tuned", "random, fine-tuned", "scratch, same epochs"}
 LEAST = min(residual.SHARES)
