@@ -25,6 +25,20 @@ def prose(notebook: Path | str) -> str:
     return "\n".join(map(text, cells(notebook, "markdown")))
 
 
+def words(notebook: Path | str) -> int:
+    """The words of the prose; a formula counts as one, and code and addresses don't count."""
+    plain = re.sub(r"```.*?```|<[^>]+>|\]\([^)]*\)", " ", prose(notebook), flags=re.DOTALL)
+    plain = re.sub(r"\$\$.*?\$\$|\$[^$]+\$", "formula", plain, flags=re.DOTALL)
+    return sum(bool(re.search(r"\w", word)) for word in re.split(r"[\s|]+", plain))
+
+
+def lines_of_code(notebook: Path | str) -> int:
+    """The lines of all cells, and of the code within the prose, that aren't empty."""
+    code = [text(cell) for cell in cells(notebook, "code")]
+    code += re.findall(r"```\w*\n(.*?)```", prose(notebook), re.DOTALL)
+    return sum(bool(line.strip()) for source in code for line in source.split("\n"))
+
+
 def outputs(notebook: Path | str) -> list[dict]:
     return [output for cell in cells(notebook, "code") for output in cell["outputs"]]
 

@@ -42,6 +42,33 @@ def test_every_notebook_is_listed_in_the_readme():
 
 
 @EACH
+def test_a_notebook_says_how_long_it_takes_to_read_and_that_is_not_too_long(path):
+    words, lines = saved_notebooks.words(path), saved_notebooks.lines_of_code(path)
+    minutes = words / 200 + lines / 12  # a minute
+    (stated,) = re.findall(r"(\d+) minutes to read", saved_notebooks.prose(path))
+    (in_readme,) = re.findall(rf"\(notebooks/{path.name}\) .* \| (\d+) \|$", README, re.MULTILINE)
+    assert abs(int(stated) - minutes) < 3
+    assert abs(int(in_readme) - minutes) < 5  # in steps of five minutes
+    assert words <= 1_500
+
+
+@EACH
+def test_the_cells_of_a_notebook_are_short(path):
+    for cell in cells(path, "code"):
+        lines = [line for line in text(cell).splitlines() if line.strip()]
+        code = [line for line in lines if not re.match(r"import |from |    \w+,$|\)$", line)]
+        assert len(code) <= 20, text(cell)
+
+
+@EACH
+def test_no_figure_asks_for_a_white_page(path):
+    asked = [
+        o for o in saved_notebooks.outputs(path) if "needs_background" in o.get("metadata", {})
+    ]
+    assert not asked
+
+
+@EACH
 def test_notebook_was_run_whole_and_in_order(path):
     notebook = json.loads(path.read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"

@@ -9,7 +9,7 @@ import re
 
 import pandas as pd
 import pytest
-from saved_notebooks import cells, printed, prose, tables, text
+from saved_notebooks import printed, tables
 from scipy.stats import t
 
 from cnn_pruning.paths import ROOT
@@ -26,17 +26,6 @@ def numbers(pattern, number):
 
 def accuracies(split):
     return 100 * SEEDS.pivot(index="seed", columns="network", values=split)
-
-
-@pytest.mark.parametrize("number", ["04", "05", "06"])
-def test_the_head_says_how_long_it_takes_to_read(number):
-    words = len(prose(number).split())
-    code = [text(cell) for cell in cells(number, "code")]
-    lines = sum(bool(line.strip()) for source in code for line in source.split("\n"))
-    (stated,) = re.findall(r"about (\d+) minutes to read", prose(number))
-    assert abs(int(stated) - (words / 200 + lines / 12)) < 2
-    assert words <= 1500
-    assert all(sum(bool(n.strip()) for n in source.split("\n")) <= 20 for source in code)
 
 
 # Notebook 4

@@ -9,6 +9,7 @@ trained network.
 """
 
 import copy
+import itertools
 
 from cnn_pruning import evaluate, fashion_mnist, fit, normalize, select_filters
 from cnn_pruning.data import batches
@@ -65,17 +66,14 @@ def untrained(seed: int) -> ResNet:
 
 def by_map(model: ResNet, data) -> tuple[Scores, Scores]:
     """Two scores of each group: |the sum over its maps of sum z dC/dz|, and the sum of | |."""
+    model = copy.deepcopy(model).eval()  # the hooks and the mode are the copy's
     maps: dict[str, torch.Tensor] = {}
-    handles = [
+    for name in itertools.chain(*MAPS.values()):
         model.get_submodule(name).register_forward_hook(
             lambda module, inputs, output, name=name: maps.update({name: output})
         )
-        for names in MAPS.values()
-        for name in names
-    ]
     after = {group: 0.0 for group in MAPS}
     before = dict(after)
-    model.eval()
     for images, labels in batches(data, 128):
         loss = cross_entropy(model(images), labels, reduction="sum")
         slopes = dict(zip(maps, torch.autograd.grad(loss, list(maps.values())), strict=True))
@@ -83,8 +81,6 @@ def by_map(model: ResNet, data) -> tuple[Scores, Scores]:
             each = torch.stack([(maps[name] * slopes[name]).sum((2, 3)) for name in names])
             after[group] = after[group] + each.sum(0).abs().sum(0).detach() / len(data)
             before[group] = before[group] + each.abs().sum((0, 1)).detach() / len(data)
-    for handle in handles:
-        handle.remove()
     return after, before
 
 
