@@ -13,6 +13,10 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before a test loads torch
 os.environ["DO_NOT_TRACK"] = "true"  # MLflow's reports of its use, for which each process waits
+# A shell that starts the tests in the background lets them ignore these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

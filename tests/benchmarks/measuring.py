@@ -28,13 +28,13 @@ def in_turns(
     """Return the seconds that each function takes, ``repeats`` times, after one that isn't counted.
 
     They take turns, so that what else the machine does slows all of them alike. Each starts
-    without the memory that the one before left behind.
+    without the memory that the one before left behind, and Python collects garbage in between.
     """
     times: Times = {name: [] for name in functions}
     for turn in range(repeats + 1):
         print(f"turn {turn} of {repeats}: {', '.join(functions)}", file=sys.stderr)
+        gc.collect()
         for name, function in functions.items():
-            gc.collect()
             give_back()
             start = clock()
             function()
