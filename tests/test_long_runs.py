@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from long_runs import (
+    every_network,
     own_network,
     pictures,
     repair,
@@ -22,19 +23,23 @@ from cnn_pruning.paths import ROOT
 
 PROGRAMS = pytest.mark.parametrize(
     "program",
-    [seeds, schedules, updates, own_network, residual, repair],
-    ids=["seeds", "schedules", "updates", "own_network", "residual", "repair"],
+    [seeds, schedules, updates, every_network, own_network, residual, repair],
+    ids=lambda program: program.__name__.removeprefix("long_runs."),
 )
 TABLES = {
     seeds.TABLE: seeds,
     schedules.WAY: schedules,
     schedules.POINTS: schedules,
     updates.TABLE: updates,
+    every_network.PAIRS: every_network,
+    every_network.SIZES: every_network,
+    every_network.CHOICES: every_network,
+    every_network.FILTERS: every_network,
     own_network.TABLE: own_network,
     residual.TABLE: residual,
     repair.TABLE: repair,
 }
-NETWORKS = {own_network: own_network.TRAINED.name, residual: residual.TRAINED.name}
+NETWORKS = {program: program.TRAINED.name for program in (every_network, own_network, residual)}
 EACH_TABLE = pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 
 
@@ -66,6 +71,14 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
         return
     if program is updates:
         monkeypatch.setattr(updates, "on_the_way", lambda seed, splits: make(seed))
+        return
+    if program is every_network:
+        small = network((1, 1))
+        monkeypatch.setattr(program, "baseline", lambda *_, **__: (small, "run"))
+        names = tables_of(program)
+        monkeypatch.setattr(
+            program, "rows_of_seed", lambda seed, *_: {n: make(seed) for n in names}
+        )
         return
     if program in NETWORKS:
         monkeypatch.setattr(
@@ -120,9 +133,8 @@ def test_without_arguments_it_is_the_documented_run(program, capsys):
     with pytest.raises(SystemExit) as end:
         program.main(["--help"])
     assert end.value.code == 0
-    assert (
-        f"uv run python notebooks/long_runs/{tables_of(program)[0]}"[:-4] in capsys.readouterr()[0]
-    )
+    name = program.__name__.replace(".", "/")
+    assert f"uv run python notebooks/{name}.py" in capsys.readouterr()[0]
 
 
 @PROGRAMS
@@ -218,7 +230,10 @@ def test_a_whole_run_writes_its_tables_with_its_settings(program, monkeypatch, t
         pd.testing.assert_frame_equal(pd.read_csv(path, comment="#"), expected)
     for path in folder.glob("*.pt"):
         stored = torch.load(path, weights_only=True)
-        assert stored["weight"].shape == (1, 7), "not the network of the first seed"
+        if program is every_network:
+            assert [*stored] == ["7", "8"]
+        else:
+            assert stored["weight"].shape == (1, 7), "not the network of the first seed"
     assert {path: path.read_bytes() for path in TABLES} == before
 
 
@@ -285,7 +300,7 @@ def test_the_first_removal_of_the_oracle_is_that_of_the_smallest_change_without_
 # Networks
 
 
-@pytest.mark.parametrize("program", NETWORKS, ids=lambda program: program.TABLE.stem)
+@pytest.mark.parametrize("program", [own_network, residual], ids=lambda program: program.TABLE.stem)
 def test_a_stored_network_is_the_trained_one_of_the_first_seed(program):
     model = program.untrained(program.SEEDS[0])
     before = {name: value.clone() for name, value in model.state_dict().items()}
