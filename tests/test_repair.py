@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from long_runs import least_squares, repair
+from scipy.stats import t
 from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
 
@@ -220,3 +221,81 @@ def test_what_chance_removes_does_not_depend_on_the_images_and_differs_from_tayl
             shared = min(len(filters), len(two[removed]["random"][layer]))
             assert filters[:shared] == two[removed]["random"][layer][:shared]
     assert one[16]["random"] != one[16]["taylor"]
+
+
+# What notebook 10 says
+
+
+@pytest.fixture(scope="module")
+def table():
+    found = pd.read_csv(repair.TABLE, comment="#")
+    return found[(found["repair"] != "both") | (found.images == repair.IMAGES)]
+
+
+def by_seed(table, removed, method, repaired, epochs=0, column="test_accuracy"):
+    rows = table[(table.removed == removed) & (table.method == method) & (table.epochs == epochs)]
+    return 100 * rows[rows["repair"] == repaired].set_index("seed")[column].sort_index()
+
+
+def interval(gaps):
+    half = t.ppf(0.975, len(gaps) - 1) * gaps.std() / len(gaps) ** 0.5
+    return gaps.mean() - half, gaps.mean() + half
+
+
+BOTH = pytest.mark.parametrize("method", ["taylor", "random"])
+
+
+@BOTH
+@pytest.mark.parametrize("removed", [7, 16])
+def test_the_repair_alone_is_not_told_from_an_epoch_of_fine_tuning(table, removed, method):
+    gaps = by_seed(table, removed, method, "both") - by_seed(table, removed, method, "none", 1)
+    low, high = interval(gaps)
+    assert low < 0 < high
+
+
+@BOTH
+def test_five_epochs_take_the_networks_further_than_the_repair(table, method):
+    gaps = by_seed(table, 16, method, "both") - by_seed(table, 16, method, "none", 5)
+    assert interval(gaps)[1] < 0
+
+
+@pytest.mark.parametrize("removed", [7, 16])
+def test_taylors_lead_shrinks_and_stays_positive_in_the_mean(table, removed):
+    leads = [
+        by_seed(table, removed, "taylor", start) - by_seed(table, removed, "random", start)
+        for start in ("none", "both")
+    ]
+    assert interval(leads[0] - leads[1])[0] > 0
+    for epochs in (0, *repair.EPOCHS[removed]):
+        mine, other = (by_seed(table, removed, m, "both", epochs) for m in ("taylor", "random"))
+        assert (mine - other).mean() > 0
+
+
+def test_as_a_start_the_repair_helps_chance_for_one_epoch_and_nobody_for_five(table):
+    def gain(method, epochs):
+        starts = (by_seed(table, 16, method, start, epochs) for start in ("both", "none"))
+        repaired, plain = starts
+        return interval(repaired - plain)
+
+    assert gain("random", 1)[0] > 0
+    assert gain("taylor", 1)[0] < 0 < gain("taylor", 1)[1]
+    for method in ("taylor", "random"):
+        assert sum(gain(method, 5)) < 0
+
+
+def test_absorbing_means_is_worse_than_nothing_where_much_is_removed(table):
+    for method in ("taylor", "random"):
+        mean, nothing = (
+            by_seed(table, 16, method, name, column="val_accuracy") for name in ("mean", "none")
+        )
+        assert mean.mean() < nothing.mean()
+
+
+def test_filters_of_chance_are_not_better_inputs_than_untrained_ones_and_taylors_are(table):
+    blank = by_seed(table, 16, "untrained", "linear", column="val_accuracy")
+    random, taylor = (
+        interval(by_seed(table, 16, method, "linear", column="val_accuracy") - blank)
+        for method in ("random", "taylor")
+    )
+    assert random[0] < 0 < random[1]
+    assert taylor[0] > 0
