@@ -2,8 +2,8 @@
 
 This is all that pruning has to know about a network. A convolution's filters are tied to what comes
 up to the next convolution or linear layer, its *consumer*: batch norms hold values for each of its
-channels, and the consumer has weights for each of them. What is computed decides, not how it is
-written: ``F.relu`` and ``x.relu()`` are read as ``nn.ReLU`` is.
+channels, and the consumer has weights for each of them. What counts is what is computed, not how it
+is written: ``F.relu`` and ``x.relu()`` are read as ``nn.ReLU`` is.
 """
 
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ class Chain:
 
 
 def read_chain(model: nn.Module | Chain) -> Chain:
-    """Return the chain that ``model`` is; what is one already is returned as it is.
+    """Read ``model`` as a chain; a ``Chain`` is returned as it is.
 
     A convolution without a convolution or linear layer behind it puts out the network's own output
     and is left out.

@@ -87,8 +87,8 @@ def batches(
     """Return a loader of (images, labels) mini-batches, shuffled if a ``generator`` is given.
 
     ``dataset`` is any dataset of (image, label) with a length; a ``TensorDataset`` is fetched a
-    whole batch at a time, which is much faster. The last batch may be smaller. Of a ``Shared``
-    one the loader has what this rank reads, and to train an image in each mini-batch at least.
+    whole batch at a time, which is much faster. The last batch may be smaller. For a ``Shared``
+    one the loader has what this rank reads: in training, at least one image of each mini-batch.
 
     Raises ``TypeError`` for what isn't such a dataset, at once or at its first item, and
     ``ValueError`` for an empty one, a ``batch_size`` that isn't a positive integer, or training on

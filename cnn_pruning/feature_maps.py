@@ -113,7 +113,7 @@ def check_found(chain: Chain, found: dict[str, Tensor], examples: int) -> None:
     lost = ", ".join(chain.links.keys() - found.keys())
     if lost:
         raise TypeError(
-            f"The feature maps of {lost} did not come by in a forward pass: remove hooks that "
+            f"The feature maps of {lost} were not seen in a forward pass: remove hooks that "
             "replace what a layer puts out."
         )
     for layer, z in found.items():

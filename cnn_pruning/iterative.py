@@ -35,7 +35,7 @@ Rescore = Callable[[nn.Module, Scores], Scores]
 
 @dataclass(frozen=True)
 class Step:
-    """What stands after one removal."""
+    """The state after one removal."""
 
     model: nn.Module
     """The network as it is now; the next step trains a copy of it."""
@@ -78,8 +78,8 @@ def prune_iteratively(
     order that ``seed`` draws, at the constant rate ``lr``. After each removal the optimizer is a
     new one: trials showed no gain from keeping Adam's moments of the surviving weights.
 
-    The filters are scored by ``criterion`` in the passes of these updates, in training mode, as in
-    the paper, at no extra cost, if it is a function of one example's feature map. Otherwise, or
+    If ``criterion`` is a function of one example's feature map, the filters are scored in the
+    passes of these updates, in training mode, as in the paper, at no extra cost. Otherwise, or
     without updates, they are scored on all of ``train`` after the updates. What is compared is
     ``rescore(network, scores)``: normalized scores, unless you want to subtract a cost, to compute
     other scores, or to leave out layers that may lose nothing at this step. ``min_filters`` and

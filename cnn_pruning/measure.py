@@ -45,9 +45,9 @@ def latency(
     """Return the median and the quartiles of the milliseconds that a forward pass takes.
 
     For each model (median, first quartile, third quartile) over ``repeats`` passes of
-    ``batch_size`` random images, after five that are not counted. Measured are copies in
-    evaluation mode. They take turns in random order, so that what else the machine does, and what
-    the pass before left in the memory, slows all of them alike, and ``buffers_kept`` meanwhile.
+    ``batch_size`` random images, after five that are not counted. Copies are measured, in
+    evaluation mode and under ``buffers_kept``. They take turns in random order, so that the
+    machine's other work, and what the pass before left in memory, slow all of them alike.
     ``image_shape`` is as in ``count_macs``.
     """
     repeats = integer("repeats", repeats, 2)
@@ -75,9 +75,9 @@ def latency(
 def buffers_kept() -> Iterator[None]:
     """Keep freed memory with the process for the block, on Linux with glibc.
 
-    Left alone, glibc gives large buffers back to the system after each pass, or doesn't, by what
-    was allocated before. If it does, every page of the next pass is faulted in again: the same pass
-    takes 16 ms in one process and 40 in another.
+    Left alone, glibc gives large buffers back to the system after each pass, or doesn't,
+    depending on what was allocated before. If it does, every page of the next pass is faulted in
+    again: the same pass takes 16 ms in one process and 40 in another.
 
     glibc can't say what its thresholds were. Afterwards they are the highest to which it raises
     them by itself, as soon as a program has freed a buffer of 32 MiB, and free memory is given

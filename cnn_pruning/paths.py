@@ -14,9 +14,9 @@ ROOT = _checkout if (_checkout / "pyproject.toml").exists() else Path.cwd()
 
 @contextmanager
 def locked_folder(folder: Path, name: str) -> Iterator[None]:
-    """Make ``folder`` for the block, where one process at a time is, by a lock of that ``name``.
+    """Make ``folder``, and let one process at a time into the block, by a lock called ``name``.
 
-    If the block raises, the folder and those above it go again, as far as they are new and empty.
+    If the block raises, the folder and those above it are removed if they are new and empty.
     """
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     lock = FileLock(folder / name)

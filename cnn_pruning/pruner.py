@@ -116,7 +116,7 @@ def remove(chain: Chain, filters: Mapping[str, Iterable[int]]) -> nn.Module:
 class TaylorPruner:
     """Scores the filters of ``model``, selects the lowest over all layers, and removes them.
 
-    A shell over ``filter_scores``, ``select_filters`` and ``remove_filters``. ``criterion`` and
+    A wrapper around ``filter_scores``, ``select_filters`` and ``remove_filters``. ``criterion`` and
     ``cost`` are as in the first, ``min_filters`` and ``keep`` as in the second; with ``normalize``,
     the scores are normalized by layer before they are compared. The model is never changed.
 
@@ -189,7 +189,7 @@ def checked_filters(chain: Chain, filters: Mapping[str, Iterable[int]]) -> Filte
                 f"{shown(layer)} is not a layer whose filters can go: those are {prunable}."
             )
         try:
-            # One more than there are is enough to see a name twice, and an endless list ends.
+            # One index more than there are filters shows a repeated one, and ends an endless list.
             indices = list(itertools.islice(indices, widths[layer] + 1))
             checked[layer] = sorted(index(k) for k in indices)
         except TypeError:
@@ -206,7 +206,7 @@ def checked_filters(chain: Chain, filters: Mapping[str, Iterable[int]]) -> Filte
 
 
 def _keep(model: nn.Module, link: Link, filters: int, kept: list[int]) -> None:
-    """Keep of one layer's ``filters`` in ``model`` only ``kept``, and what follows of these."""
+    """In ``model``, keep only ``kept`` of one layer's ``filters``, and what depends on them."""
     conv, consumer = model.get_submodule(link.conv), model.get_submodule(link.consumer)
     norms = [model.get_submodule(name) for name in link.norms]
     for layer in (conv, *norms):

@@ -198,7 +198,7 @@ def start(device: torch.device) -> torch.device:
     """Join the other processes, if ``torchrun`` started this one; return where it computes.
 
     On GPUs, each process takes the one of its local rank. From now on SIGTERM, with which
-    ``torchrun`` stops all when one has ended, is said and raises ``KeyboardInterrupt``.
+    ``torchrun`` stops all when one has ended, is reported and raises ``KeyboardInterrupt``.
 
     Raises ``ValueError`` if there is no GPU for this process.
     """

@@ -47,8 +47,8 @@ ANSWER_WITHIN = 5  # seconds that a tracking server has for its first answer
 SERVER = ("http://", "https://")
 SQLITE = "sqlite:///"
 DIGEST = "network_sha256"  # the tag of a run with the digest of its network's file
-# Four tries, the last after 24 seconds, and then it's over within a minute; by default MLflow tries
-# for more than four.
+# Four tries, the last after 24 seconds, all within a minute; by default MLflow tries for more than
+# four minutes.
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "4",
@@ -189,8 +189,8 @@ def where_to_look(active: "mlflow.ActiveRun") -> str:
 
 
 def title(settings: Mapping[str, object]) -> str:
-    """Return a name for a parent run that tells it from others: the time, first because MLflow's
-    list cuts long names, and its settings.
+    """Return a name for a parent run that tells it from others: the time, then its settings. The
+    time is first because MLflow's list cuts long names.
     """
     said = {
         name: "-".join(map(str, value)) if isinstance(value, Sequence) else value
