@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning import evaluate, fit
 from cnn_pruning.data import batches
+from cnn_pruning.training import mixed_precision
 
 
 def network(seed=0):
@@ -172,6 +173,11 @@ def test_training_that_fails_leaves_the_weights_as_they_were(lr):
     assert_same(state_of(model), before)
 
 
+def test_what_on_epoch_does_to_its_row_does_not_change_the_history():
+    history = fit(network(), TRAIN, VAL, epochs=1, on_epoch=lambda row: row.clear())
+    assert history[0]["epoch"] == 1
+
+
 def test_every_epoch_is_a_row_and_on_epoch_sees_it_at_once():
     model, seen = network(), []
 
@@ -197,14 +203,33 @@ def test_the_training_loss_is_the_mean_over_the_examples_whatever_the_last_batch
     assert history[0]["train_loss"] == pytest.approx(expected)  # float64: rounding only
 
 
-def test_mixed_precision_stays_near_float32_and_leaves_float32_weights():
-    # On a processor without bfloat16 instructions the two are the same.
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """A processor that multiplies in bfloat16 fast; others can do it, too, slowly."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
+def test_mixed_precision_stays_near_float32_and_leaves_float32_weights(bfloat16):
     data = bright_or_dark(11)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     expected, _ = evaluate(model, data)
     history = fit(model, data, VAL, epochs=1, batch_size=5, lr=1e-30)
     assert history[0]["train_loss"] == pytest.approx(expected, rel=2**-6)  # bfloat16: 2**-8 a step
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("model", "mixed"),
+    [
+        (network(), True),
+        (network().double(), False),
+        (nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.LayerNorm(2)), False),
+    ],
+    ids=["float32", "float64", "a layer that isn't known"],
+)
+def test_only_float32_networks_of_known_layers_are_mixed(model, mixed, bfloat16):
+    with mixed_precision(model):
+        assert torch.is_autocast_enabled("cpu") == mixed
 
 
 class Tail(nn.Module):
