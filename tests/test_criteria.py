@@ -476,6 +476,13 @@ def test_obd_is_half_the_squared_parameters_times_the_diagonal_of_the_hessian():
         assert (error < expected.abs().max() / 4).all(), "too coarse to tell anything"
 
 
+def test_obd_counts_the_bias_that_leaves_with_a_filter():
+    model, data = small_smooth_network()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert (obd(model, data, 4)["0"] != 0).all()
+
+
 def test_obd_is_the_same_each_time_and_leaves_nothing_behind():
     model, data = small_smooth_network()
     model[0].weight.requires_grad_(False)

@@ -397,6 +397,20 @@ def test_a_network_that_is_no_chain_is_an_error_that_names_the_layer(model, mess
     assert_same(state_of(model), before)
 
 
+def test_a_layer_whose_size_does_not_go_with_the_filters_is_no_chain():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(145, 3))
+    with pytest.raises(TypeError, match=r"^2 takes 145 values for the 4 filters of 0"):
+        TaylorPruner(model)
+
+
+def test_the_new_network_has_none_of_the_gradients_of_the_old():
+    model = around()
+    model(torch.rand(2, 1, 6, 6)).sum().backward()
+    small = remove_filters(model, {"0": [1]})
+    assert all(parameter.grad is None for parameter in small.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # Selecting
 
 

@@ -203,6 +203,21 @@ def test_the_training_loss_is_the_mean_over_the_examples_whatever_the_last_batch
     assert history[0]["train_loss"] == pytest.approx(expected)  # float64: rounding only
 
 
+@pytest.mark.parametrize("label", [-100, -1, 2])
+def test_a_label_without_an_output_is_an_error_before_anything_changes(label):
+    images, labels = TRAIN.tensors[0][:8], TRAIN.tensors[1][:8].clone()
+    labels[5] = label
+    model = network()
+    before = state_of(model)
+    for use in (
+        lambda data: evaluate(model, data),
+        lambda data: fit(model, data, VAL, epochs=1, batch_size=8),
+    ):
+        with pytest.raises(ValueError, match=r"labels must be from 0 to 1.* go from"):
+            use(TensorDataset(images, labels))
+    assert_same(state_of(model), before)
+
+
 @pytest.fixture
 def bfloat16(monkeypatch):
     """A processor that multiplies in bfloat16 fast; others can do it, too, slowly."""
