@@ -105,7 +105,6 @@ def remove(chain: Chain, filters: Mapping[str, Iterable[int]]) -> nn.Module:
             )
     with torch.inference_mode(False):  # else the copy couldn't be trained
         model = copy_of(chain.model)
-        model.zero_grad()
         for layer, indices in removed.items():
             if indices:
                 kept = [k for k in range(widths[layer]) if k not in indices]
