@@ -1,0 +1,80 @@
+"""What notebook 7 says in words, held against the tables of its long run."""
+
+import numpy
+import pandas as pd
+import pytest
+from long_runs import schedules
+from scipy.stats import t
+
+FULL = {"filters": 24, "parameters": 126_698, "macs": 1_085_056}
+METHODS = [*schedules.CRITERIA, schedules.LIKE_TAYLOR]
+
+
+@pytest.fixture(scope="module")
+def way():
+    return pd.read_csv(schedules.WAY, comment="#")
+
+
+@pytest.fixture(scope="module")
+def gaps():
+    """Test accuracy of Taylor minus that of the others, in points, by share and seed."""
+    points = pd.read_csv(schedules.POINTS, comment="#")
+    tested = points[points.share < 1].pivot(
+        index=["share", "seed"], columns="method", values="test_accuracy"
+    )
+    return 100 * tested.rsub(tested["taylor"], axis=0).drop(columns="taylor")
+
+
+def interval(values):
+    half = t.ppf(0.975, len(values) - 1) * numpy.std(values, ddof=1) / len(values) ** 0.5
+    return numpy.mean(values) - half, numpy.mean(values) + half
+
+
+def test_from_scratch_with_equal_compute_is_ahead_at_every_size_and_with_equal_epochs_at_none(gaps):
+    for share in schedules.SHARES:
+        assert interval(gaps.loc[share]["scratch, same compute"])[1] < 0
+        assert interval(gaps.loc[share]["scratch, same epochs"])[1] > 0
+
+
+def test_taylors_filters_are_better_than_random_ones_of_the_same_layers_at_every_size(gaps):
+    for share in schedules.SHARES:
+        assert interval(gaps.loc[share][schedules.LIKE_TAYLOR])[0] > 0
+
+
+def test_taylor_the_oracle_weights_and_one_shot_end_within_a_few_tenths(gaps):
+    means = gaps.groupby("share").mean()[["oracle", "weight", "one shot, same compute"]]
+    assert means.abs().max().max() < 0.3
+
+
+def test_fine_tuning_shrinks_the_range_of_the_criteria():
+    points = pd.read_csv(schedules.POINTS, comment="#")
+    rows = points[points.method.isin(METHODS)].groupby(["share", "method"])
+    means = rows[["val_before", "val_accuracy"]].mean().groupby("share")
+    spans = means.max() - means.min()
+    assert (spans.val_accuracy < spans.val_before / 3).all()
+
+
+def accuracy(way, method, x, least):
+    """By baseline, the mean accuracy (%) over shares of ``x`` from ``least`` to 95 %."""
+    shares = numpy.linspace(least, 0.95, 100)
+    paths = [path.sort_values("filters") for _, path in way[way.method == method].groupby("seed")]
+    found = [numpy.interp(shares, path[x] / FULL[x], path.val_accuracy) for path in paths]
+    return 100 * numpy.mean(found, axis=1)
+
+
+@pytest.mark.parametrize("least", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("x", FULL)
+def test_the_choice_within_the_layers_is_worth_something_on_every_axis_and_range(way, x, least):
+    taylor, chance = (accuracy(way, m, x, least) for m in ("taylor", schedules.LIKE_TAYLOR))
+    assert interval(taylor - chance)[0] > 0
+    assert interval(taylor - accuracy(way, "random", x, least))[0] > 0
+
+
+def test_the_first_updates_in_between_bring_most_of_the_gain(way):
+    from long_runs import updates
+
+    others = pd.read_csv(updates.TABLE, comment="#")
+    seeds, methods = others.seed.unique(), others.method.unique()
+    both = pd.concat([others, way[way.seed.isin(seeds) & way.method.isin(methods)]])
+    mean = both.pivot_table(index="method", columns="updates", values="val_accuracy")
+    assert (mean[10] - mean[0] > 0.7 * (mean[100] - mean[0])).all()
