@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from long_runs import every_network as every
-from long_runs import whole_tables
+from long_runs import trained, whole_tables
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
@@ -218,7 +218,6 @@ def test_a_committed_table_is_that_of_the_documented_run(path):
 
 def test_the_tables_are_small():
     assert sum(path.stat().st_size for path in TABLES) < 1_000_000
-    assert every.TRAINED.stat().st_size < 1_000_000
 
 
 def test_the_pairs_hold_every_network_once_and_no_method_beats_their_best():
@@ -251,7 +250,7 @@ def test_a_sample_of_the_committed_losses_is_computed_again():
     train = fashion_mnist()[0]
     images, labels = train[: every.IMAGES]
     choices = pd.read_csv(every.CHOICES, comment="#").dropna()
-    for seed, network in zip(every.SEEDS, every.stored(), strict=True):
+    for seed, network in zip(every.SEEDS, trained.networks(every.SEEDS), strict=True):
         row = choices[choices.seed == seed].sample(1, random_state=seed).iloc[0]
         removed = every.removed_of(every.number(row.subset))
         with torch.no_grad(), mask_filters(network, removed):
@@ -271,37 +270,10 @@ def test_what_notebook_8_says_about_importance_is_what_the_table_shows():
     assert mean.few["greedy oracle"] < others.few.min() / 3
 
 
-def fast(monkeypatch, fail_at=None):
-    def rows(seed, train, val, network):
-        if seed == fail_at:
-            raise KeyboardInterrupt
-        return {path.name: [{"seed": seed, "loss": 0.5}] for path in TABLES}
-
-    monkeypatch.setattr(every, "fashion_mnist", lambda: (DATA, DATA, DATA))
-    monkeypatch.setattr(every, "baseline", lambda *_, **__: (CNN(every.CHANNELS), "run"))
-    monkeypatch.setattr(every, "rows_of_seed", rows)
-
-
-def test_a_whole_run_writes_its_tables_and_its_networks(monkeypatch, tmp_path):
-    fast(monkeypatch)
-    every.main(["4", "3", "--out", str(tmp_path)])
-    for path in TABLES:
-        assert whole_tables.read_settings(tmp_path / path.name) == every.settings([3, 4])
-    assert len(every.stored(tmp_path / every.TRAINED.name)) == 2
-
-
-def test_a_run_that_stops_midway_leaves_nothing(monkeypatch, tmp_path):
-    fast(monkeypatch, fail_at=4)
-    with pytest.raises(KeyboardInterrupt):
-        every.main(["3", "4", "--out", str(tmp_path)])
+def test_a_network_that_is_not_stored_is_not_replaced_by_another(tmp_path):
+    with pytest.raises(ValueError, match="none of 7"):
+        every.main(["7", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_other_networks_do_not_replace_the_documented_ones(monkeypatch, capsys):
-    monkeypatch.setattr(every, "fashion_mnist", lambda: pytest.fail("it has begun"))
-    with pytest.raises(SystemExit):
-        every.main(["7"])
-    assert "name another folder with --out" in capsys.readouterr().err
 
 
 # The game

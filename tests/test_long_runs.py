@@ -11,12 +11,13 @@ from long_runs import (
     residual,
     schedules,
     seeds,
+    trained,
     updates,
     whole_tables,
 )
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import CNN, filter_scores, select_filters
+from cnn_pruning import CNN, evaluate, fashion_mnist, filter_scores, select_filters
 from cnn_pruning.groups import remove_groups
 from cnn_pruning.measure import count_macs
 from cnn_pruning.paths import ROOT
@@ -39,7 +40,7 @@ TABLES = {
     residual.TABLE: residual,
     repair.TABLE: repair,
 }
-NETWORKS = {program: program.TRAINED.name for program in (every_network, own_network, residual)}
+NETWORKS = {program: program.TRAINED.name for program in (own_network, residual)}
 EACH_TABLE = pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 
 
@@ -73,8 +74,7 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
         monkeypatch.setattr(updates, "on_the_way", lambda seed, splits: make(seed))
         return
     if program is every_network:
-        small = network((1, 1))
-        monkeypatch.setattr(program, "baseline", lambda *_, **__: (small, "run"))
+        monkeypatch.setattr(trained, "networks", lambda seeds: [network((1, 1)) for _ in seeds])
         names = tables_of(program)
         monkeypatch.setattr(
             program, "rows_of_seed", lambda seed, *_: {n: make(seed) for n in names}
@@ -230,10 +230,7 @@ def test_a_whole_run_writes_its_tables_with_its_settings(program, monkeypatch, t
         pd.testing.assert_frame_equal(pd.read_csv(path, comment="#"), expected)
     for path in folder.glob("*.pt"):
         stored = torch.load(path, weights_only=True)
-        if program is every_network:
-            assert [*stored] == ["7", "8"]
-        else:
-            assert stored["weight"].shape == (1, 7), "not the network of the first seed"
+        assert stored["weight"].shape == (1, 7), "not the network of the first seed"
     assert {path: path.read_bytes() for path in TABLES} == before
 
 
@@ -298,6 +295,36 @@ def test_the_first_removal_of_the_oracle_is_that_of_the_smallest_change_without_
 
 
 # Networks
+
+
+def test_the_stored_networks_are_five_different_trained_ones():
+    *_, test = fashion_mnist()
+    networks = trained.networks()
+    accuracies = [evaluate(model, test)[1] for model in networks]
+    assert len({*accuracies}) == len(trained.SEEDS) == 5
+    assert min(accuracies) > 0.88
+    assert not any(model.training for model in networks)
+    assert trained.TRAINED.stat().st_size < 2_000_000
+
+
+def test_training_them_again_stores_what_is_read_and_nothing_beside_it(monkeypatch, tmp_path):
+    def baseline(*splits, channels, seed, **training):
+        torch.manual_seed(seed)
+        return CNN(channels), "run"
+
+    monkeypatch.setattr(trained, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
+    monkeypatch.setattr(trained, "baseline", baseline)
+    before = trained.TRAINED.read_bytes()
+    trained.main(["4", "7", "--out", str(tmp_path)])
+    path = tmp_path / trained.TRAINED.name
+    assert [*tmp_path.iterdir()] == [path]
+    for seed, again in zip((7, 4), trained.networks((7, 4), path), strict=True):
+        known = baseline(channels=trained.CHANNELS, seed=seed)[0].state_dict()
+        for name, value in again.state_dict().items():
+            torch.testing.assert_close(value, known[name], rtol=1e-3, atol=1e-6)  # of 16 bits
+    with pytest.raises(ValueError, match=r"networks of the seeds \[4, 7\], none of 5"):
+        trained.networks((4, 5), path)
+    assert trained.TRAINED.read_bytes() == before
 
 
 @pytest.mark.parametrize("program", [own_network, residual], ids=lambda program: program.TABLE.stem)

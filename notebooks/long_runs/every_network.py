@@ -8,8 +8,9 @@ takes about twenty minutes on two cores and writes
   them, and the best subset,
 - every_network_sizes.csv: the loss at given ranks among all networks with equally many filters,
 - every_network_choices.csv: what each method keeps at each size, and what that costs,
-- every_network_filters.csv: what each method says about each filter,
-- every_network.pt: the networks themselves, since another machine would train others.
+- every_network_filters.csv: what each method says about each filter.
+
+The networks are those that trained.py has stored.
 
 A subset is the number whose 24 bits are the gates: first the 8 filters of the first layer, then the
 16 of the second, the highest bit first.
@@ -18,7 +19,6 @@ A subset is the number whose 24 bits are the gates: first the 8 filters of the f
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from cnn_pruning import (
     CNN,
@@ -28,7 +28,6 @@ from cnn_pruning import (
     remove_filters,
     select_filters,
 )
-from cnn_pruning.baseline import baseline
 
 import torch
 from torch import Tensor
@@ -36,28 +35,32 @@ from torch.nn.functional import conv2d, cross_entropy
 from torch.utils.data import TensorDataset
 
 try:
-    from long_runs import whole_tables
+    from long_runs import trained, whole_tables
 except ImportError:  # run as a program
+    import trained
     import whole_tables
 
 SEEDS = (0, 1, 2)  # of the documented run
-CHANNELS = (8, 16)
+CHANNELS = trained.CHANNELS
 FIRST, SECOND = CHANNELS
 K = sum(CHANNELS)
 LAYERS = ("network.0", "network.2")
-TRAINING = {"epochs": 3, "batch_size": 128, "lr": 3e-3}
 IMAGES = 5_000  # training images, of the loss; the accuracy is that of all validation images
 DRAWS = 4  # second layers for each first layer and width, of the mean accuracy of random choices
 PAIRS = whole_tables.FOLDER / "every_network_pairs.csv"
 SIZES = whole_tables.FOLDER / "every_network_sizes.csv"
 CHOICES = whole_tables.FOLDER / "every_network_choices.csv"
 FILTERS = whole_tables.FOLDER / "every_network_filters.csv"
-TRAINED = whole_tables.FOLDER / "every_network.pt"
 PERCENT = (0, 0.01, 0.1, *range(1, 100), 99.9, 99.99, 100)
 
 
 def settings(seeds: Sequence[int]) -> dict:
-    return {"seeds": [*seeds], "channels": [*CHANNELS], "training": TRAINING, "images": IMAGES}
+    return {
+        "seeds": [*seeds],
+        "channels": [*CHANNELS],
+        "training": trained.TRAINING,
+        "images": IMAGES,
+    }
 
 
 # Subsets
@@ -453,38 +456,15 @@ def mean_by_chance(accuracy: Tensor, size: int) -> float:
     return ((weight * by_shape).sum() / weight.sum()).item()
 
 
-def as_stored(network: CNN) -> CNN:
-    """The network with its weights rounded to 16 bits, which is how the file keeps it."""
-    network.load_state_dict({k: v.half().float() for k, v in network.state_dict().items()})
-    return network
-
-
-def stored(path: Path = TRAINED) -> list[CNN]:
-    """The networks of the documented run, in the order of ``SEEDS``."""
-    networks = []
-    for state in torch.load(path, weights_only=True).values():
-        network = CNN(CHANNELS)
-        network.load_state_dict(state)  # float16 into float32
-        networks.append(network.eval())
-    return networks
-
-
 def main(given: list[str] | None = None) -> None:
     seeds, folder = whole_tables.arguments(__doc__, SEEDS, given)
-    train, val, test = fashion_mnist()
+    networks = trained.networks(seeds)
+    train, val, _ = fashion_mnist()
     tables = {name: [] for name in (PAIRS.name, SIZES.name, CHOICES.name, FILTERS.name)}
-    networks = {}
-    for seed in seeds:
-        trained = baseline(train, val, test, channels=CHANNELS, seed=seed, **TRAINING)[0]
-        network = networks[seed] = as_stored(trained)
+    for seed, network in zip(seeds, networks, strict=True):
         for name, rows in rows_of_seed(seed, train, val, network).items():
             tables[name] += rows
     whole_tables.write({folder / name: rows for name, rows in tables.items()}, settings(seeds))
-    states = {
-        str(seed): {k: v.half() for k, v in network.state_dict().items()}
-        for seed, network in networks.items()
-    }
-    torch.save(states, folder / TRAINED.name)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What scoring costs as the data, the widths and the depth grow.
 
-    python tests/benchmarks/size.py tests/benchmarks/size.png      3 minutes on two cores
+    python tests/benchmarks/size.py tests/benchmarks/size.png      5 minutes on two cores
 
 Saves the picture there, and prints its figures. A slope of 1 is linear: twice as much takes twice
 as long. Below 1, the larger one makes better use of the processor. "In layers" is the share of the
@@ -106,18 +106,23 @@ def by_macs(
 
 
 def print_table(name: str, rows: list[dict]) -> None:
-    """The slope is that of the time against the size; of the time for all images, by images."""
-    table, before = [], None
+    """The slope is that of the time against the size; of the time for all images, by images.
+
+    It leads to the last row that is smaller by a fifth at least: between two of nearly the same
+    size, it would tell the noise.
+    """
+    table, smaller = [], []
     for row in rows:
         cost = row["each"] * (row["size"] if name == "images" else 1)
         cells = {name: row[""], "multiply-adds": f"{row['size']:.3g}", "scored": row["images"]}
         if name == "images":
             cells = {name: row[""]}
         cells |= {"s for 1,000 images": row["spread"], "in layers": f"{row['layers']:.0%}"}
+        before = [point for point in smaller if point[0] <= 0.8 * row["size"]]
         if before:
-            slope = math.log(cost / before[1]) / math.log(row["size"] / before[0])
+            slope = math.log(cost / before[-1][1]) / math.log(row["size"] / before[-1][0])
             cells["slope"] = f"{slope:.2f}"
-        before = row["size"], cost
+        smaller.append((row["size"], cost))
         table.append(cells)
     print(measuring.markdown(table), end="\n\n")
 
