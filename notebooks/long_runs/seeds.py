@@ -2,7 +2,7 @@
 
     uv run python notebooks/long_runs/seeds.py
 
-takes about a quarter of an hour on two cores and writes seeds.csv: one row a network, with its
+takes about an hour on two cores and writes seeds.csv: one row a network, with its
 validation and test accuracy.
 """
 
