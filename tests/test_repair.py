@@ -247,10 +247,13 @@ BOTH = pytest.mark.parametrize("method", ["taylor", "random"])
 
 @BOTH
 @pytest.mark.parametrize("removed", [7, 16])
-def test_the_repair_alone_is_not_told_from_an_epoch_of_fine_tuning(table, removed, method):
+def test_the_repair_alone_is_worth_about_an_epoch_of_fine_tuning(table, removed, method):
     gaps = by_seed(table, removed, method, "both") - by_seed(table, removed, method, "none", 1)
     low, high = interval(gaps)
-    assert low < 0 < high
+    if removed == 16:
+        assert low < 0 < high
+    else:
+        assert 0 < low and 0.1 < gaps.mean() < 0.2, "a tenth of a point or two"
 
 
 @BOTH
@@ -260,29 +263,30 @@ def test_five_epochs_take_the_networks_further_than_the_repair(table, method):
 
 
 @pytest.mark.parametrize("removed", [7, 16])
-def test_taylors_lead_shrinks_and_stays_positive_in_the_mean(table, removed):
+def test_taylors_lead_shrinks_and_is_still_shown_at_every_stage(table, removed):
     leads = [
         by_seed(table, removed, "taylor", start) - by_seed(table, removed, "random", start)
         for start in ("none", "both")
     ]
-    shrunk = leads[0] - leads[1]
-    assert shrunk.mean() > 0
-    assert (interval(shrunk)[0] > 0) == (removed == 7), "the text says where it is shown"
+    assert interval(leads[0] - leads[1])[0] > 0
+    if removed == 16:
+        assert (leads[0] < 0).sum() == 3, "the text says for how many chance was ahead"
+        assert leads[0].max() > 20 and leads[1].max() < 6, "what a bad draw costs"
     for epochs in (0, *repair.EPOCHS[removed]):
         mine, other = (by_seed(table, removed, m, "both", epochs) for m in ("taylor", "random"))
-        assert (mine - other).mean() > 0
+        assert interval(mine - other)[0] > 0
 
 
-def test_as_a_start_the_repair_helps_chance_for_one_epoch_and_nobody_for_five(table):
+def test_as_a_start_the_repair_helps_for_one_epoch_and_not_for_five(table):
     def gain(method, epochs):
         starts = (by_seed(table, 16, method, start, epochs) for start in ("both", "none"))
         repaired, plain = starts
         return interval(repaired - plain)
 
     assert gain("random", 1)[0] > 0
-    assert gain("taylor", 1)[0] < 0 < gain("taylor", 1)[1]
-    for method in ("taylor", "random"):
-        assert sum(gain(method, 5)) < 0
+    assert gain("taylor", 1)[0] > 0
+    assert gain("taylor", 5)[0] < 0 < gain("taylor", 5)[1]
+    assert gain("random", 5)[1] < 0
 
 
 def test_absorbing_means_is_worse_than_nothing_where_much_is_removed(table):

@@ -2,7 +2,7 @@
 
     uv run python notebooks/long_runs/repair.py
 
-takes about half an hour on one core and writes repair.csv: one row a network, with its
+takes about an hour on one core and writes repair.csv: one row a network, with its
 validation accuracy, and its test accuracy where the notebook claims something at the end.
 """
 
