@@ -9,11 +9,11 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from cnn_pruning.data import fashion_mnist
-from cnn_pruning.model import CNN
+from cnn_pruning.experiments.data import fashion_mnist
+from cnn_pruning.experiments.model import CNN
+from cnn_pruning.experiments.training import evaluate, fit
 from cnn_pruning.pruner import TaylorPruner, filter_scores, mask_filters, remove_filters
 from cnn_pruning.scores import normalize, select_filters
-from cnn_pruning.training import evaluate, fit
 
 __all__ = [
     "CNN",

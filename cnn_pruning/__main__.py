@@ -20,14 +20,13 @@ from cnn_pruning import (
     filter_scores,
     normalize,
     plots,
-    ranks,
     remove_filters,
     select_filters,
     tracking,
 )
 from cnn_pruning.alive import signals_interrupt
 from cnn_pruning.baseline import fit_and_log
-from cnn_pruning.chain import read_chain
+from cnn_pruning.experiments import ranks
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import costs
 from cnn_pruning.scores import Filters
@@ -173,7 +172,7 @@ def prune_step_by_step(
     """Log one MLflow step per removal, so that MLflow can draw accuracy against what is left."""
     tracking.log_settings({"updates": options.updates, "per_step": options.per_step})
     small = remove_filters(model, {})
-    removed: Filters = {layer: [] for layer in read_chain(model).links}
+    removed: Filters = {}
     steps = prune_iteratively(
         model,
         train,
@@ -190,7 +189,7 @@ def prune_step_by_step(
         left.append(step.filters)
         accuracy.append(step.val_accuracy)
         for layer, filters in step.removed.items():
-            removed[layer] += filters
+            removed.setdefault(layer, []).extend(filters)
         names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
         tracking.log_metrics({name: getattr(step, name) for name in names}, number)
     if ranks.is_first():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cnn_pruning.paths import locked_folder
+from cnn_pruning.experiments.paths import locked_folder
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 from cnn_pruning import tracking
-from cnn_pruning.data import batches
-from cnn_pruning.model import CNN
-from cnn_pruning.ranks import is_first, own
-from cnn_pruning.training import Row, check_settings, evaluate, fit
+from cnn_pruning.experiments.data import batches
+from cnn_pruning.experiments.model import CNN
+from cnn_pruning.experiments.ranks import is_first, own
+from cnn_pruning.experiments.training import Row, check_settings, evaluate, fit
 
 SAME_ACCURACY = 0.005  # what another machine's rounding can change
 

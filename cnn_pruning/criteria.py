@@ -10,29 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cnn_pruning.chain import Chain, read_chain
-from cnn_pruning.data import batches
-from cnn_pruning.feature_maps import Maps, feature_maps
-from cnn_pruning.oracle import oracle, oracle_abs
-from cnn_pruning.passes import (
+from cnn_pruning.experiments.data import batches
+from cnn_pruning.experiments.ranks import gathered, summed
+from cnn_pruning.feature_maps import feature_maps, scorable
+from cnn_pruning.network.checks import check_function, shown
+from cnn_pruning.network.description import CONV, Network
+from cnn_pruning.network.maps import Maps
+from cnn_pruning.network.passes import (
     Cost,
     call,
-    check_function,
     device_of,
     differentiable,
     evaluation,
     on_device,
     outputs_of,
-    shown,
     summed_loss,
 )
-from cnn_pruning.ranks import gathered, summed
+from cnn_pruning.oracle import oracle, oracle_abs
 from cnn_pruning.scores import Scores
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(feature map, gradient), both (N, K, M), to the score of each filter on each example, (N, K)."""
 
-Criterion = Callable[[nn.Module | Chain, Dataset, int, Cost | None], Scores]
+Criterion = Callable[[nn.Module | Network, Dataset, int, Cost | None], Scores]
 """(network, data, batch size, cost of each example) to scores."""
 
 BINS = 10  # of the activation, for the mutual information
@@ -127,19 +127,20 @@ def over_examples(per_example: PerExample) -> Criterion:
     """
 
     def score(
-        model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+        model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
     ) -> Scores:
+        network = scorable(model, data)
         mean = MeanOverExamples(per_example)
         gradient = per_example not in FORWARD_ONLY
-        for _, maps in feature_maps(model, data, batch_size, gradient, cost):
+        for _, maps in feature_maps(network, data, batch_size, gradient, cost):
             mean.add(maps)
-        return mean.scores(read_chain(model).model, data)
+        return mean.scores(network.model, data)
 
     return score
 
 
 def taylor_abs_last(
-    model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+    model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
 ) -> Scores:
     """|mean over examples of (1/M) sum_m (dC/dz_m) z_m|: the absolute value comes last.
 
@@ -150,7 +151,7 @@ def taylor_abs_last(
 
 
 def activation_std(
-    model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+    model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
 ) -> Scores:
     """The standard deviation of the feature map's values, over positions and examples together.
 
@@ -159,14 +160,14 @@ def activation_std(
 
     Source: Molchanov et al. 2017, section 2.2.
     """
-
+    network = scorable(model, data)
     sums: dict[str, Tensor] = {}
-    for _, maps in feature_maps(model, data, batch_size, gradient=False):
+    for _, maps in feature_maps(network, data, batch_size, gradient=False):
         for layer, (z, _) in maps.items():
             z = z.double()
             moments = torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)]).cpu()
             sums[layer] = sums[layer] + moments if layer in sums else moments
-    sums = summed(data, read_chain(model).model, sums)
+    sums = summed(data, network.model, sums)
     scores = {}
     for layer, moments in sums.items():
         mean, mean_square = moments / len(data)
@@ -175,7 +176,7 @@ def activation_std(
 
 
 def mutual_information(
-    model: nn.Module | Chain, data: Dataset, batch_size: int, cost: Cost | None = None
+    model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
 ) -> Scores:
     """The information (nats) that a filter's quantized activation gives about the label.
 
@@ -184,18 +185,18 @@ def mutual_information(
 
     Source: Molchanov et al. 2017, section 2.2.
     """
+    network = scorable(model, data)
     means: dict[str, list[Tensor]] = {}
     labels = []
-    for batch, maps in feature_maps(model, data, batch_size, gradient=False):
+    for batch, maps in feature_maps(network, data, batch_size, gradient=False):
         whole = isinstance(batch, Tensor) and batch.dtype == torch.int64
         if not whole or batch.dim() != 1 or batch.min() < 0:
             raise ValueError("Mutual information needs integer labels (N,), from 0 on.")
         labels.append(batch.cpu())
         for layer, (z, _) in maps.items():
             means.setdefault(layer, []).append(activation_mean(z).cpu().double())
-    network = read_chain(model).model
-    means = summed(data, network, means)  # lists, one after the other
-    labels = summed(data, network, {"labels": labels})["labels"]
+    means = summed(data, network.model, means)  # lists, one after the other
+    labels = summed(data, network.model, {"labels": labels})["labels"]
     quantiles = torch.arange(1, BINS, dtype=torch.float64) / BINS
     scores = {}
     for layer, parts in means.items():
@@ -211,22 +212,51 @@ def mutual_information(
 
 
 def weight(
-    model: nn.Module | Chain,
+    model: nn.Module | Network,
     data: Dataset | None = None,
     batch_size: int = 0,
     cost: Cost | None = None,
 ) -> Scores:
-    """(1/|w|) sum w^2 over a filter's weights, without its bias. The data play no part.
+    """(1/|w|) sum w^2 over all weights that make a filter's maps, without biases.
+
+    The data play no part, but that some networks are read from them.
 
     Source: Molchanov et al. 2017, section 2.2, "Minimum weight".
     """
-    chain = read_chain(model)
-    weights = {layer: chain.model.get_submodule(layer).weight.detach() for layer in chain.links}
-    return {layer: w.cpu().double().square().flatten(1).mean(1) for layer, w in weights.items()}
+    network, scores = scorable(model, data), {}
+    for name, filters in network.filters().items():
+        squares, count = torch.zeros(filters, dtype=torch.float64), torch.zeros(filters)
+        for parameter, owners, rows in _parameters(network, name, biases=False):
+            values = rows(parameter.detach().cpu().double().square())
+            squares.index_add_(0, owners, values.sum(1))
+            count += values.shape[1] * owners.bincount(minlength=filters)
+        scores[name] = squares / count
+    return scores
+
+
+def _parameters(network: Network, name: str, biases: bool = True):
+    """Yield the parameters that make a group's maps, the filter that each output channel is of, and
+    how values of the parameter's shape are (output channels, values).
+    """
+    for part in network.groups[name].side("out"):
+        layer = network.layer(part.name)
+        if not isinstance(layer, CONV | nn.Linear):
+            continue
+        owners = torch.empty_like(part.owners).index_copy(0, part.channels, part.owners)
+
+        def rows(values: Tensor, layer: nn.Module = layer) -> Tensor:
+            if values.dim() > 1 and getattr(layer, "transposed", False):
+                # (in, out of one group, ...): the outputs of all groups first
+                values = values.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+            return values.reshape(len(values), -1)
+
+        yield layer.weight, owners, rows
+        if biases and layer.bias is not None:
+            yield layer.bias, owners, rows
 
 
 def random(
-    model: nn.Module | Chain,
+    model: nn.Module | Network,
     data: Dataset | None = None,
     batch_size: int = 0,
     cost: Cost | None = None,
@@ -234,12 +264,12 @@ def random(
     """Uniform random numbers in [0, 1): the control. ``torch.manual_seed`` sets them."""
     return {
         layer: torch.rand(filters, dtype=torch.float64)
-        for layer, filters in read_chain(model).filters().items()
+        for layer, filters in scorable(model, data).filters().items()
     }
 
 
 def obd(
-    model: nn.Module | Chain,
+    model: nn.Module | Network,
     data: Dataset,
     batch_size: int,
     cost: Cost | None = None,
@@ -256,42 +286,36 @@ def obd(
 
     Source: LeCun, Denker, Solla 1990; Molchanov et al. 2017, section 2.2 and appendix.
     """
-    chain = read_chain(model)
-    loader = batches(data, batch_size)
-    device = device_of(chain.model)
+    network = scorable(model, data)
+    loader, device = batches(data, batch_size), device_of(network.model)
     generator = torch.Generator().manual_seed(seed)
-    convs = {layer: chain.model.get_submodule(layer) for layer in chain.links}
-    owners = [
-        (layer, p)
-        for layer, conv in convs.items()
-        for p in (conv.weight, conv.bias)
-        if p is not None
-    ]
-    parameters = [p for _, p in owners]
+    totals = {name: torch.zeros(k, dtype=torch.float64) for name, k in network.filters().items()}
+    places = [(name, *found) for name in totals for found in _parameters(network, name)]
+    parameters = [parameter for _, parameter, *_ in places]
     frozen = [p for p in parameters if not p.requires_grad]
-    totals = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in chain.filters().items()}
     try:
         for p in frozen:
             p.requires_grad_()
-        with torch.inference_mode(False), torch.enable_grad(), evaluation(chain.model):
-            for images, labels in loader:
+        with torch.inference_mode(False), torch.enable_grad(), evaluation(network.model):
+            for images, labels in loader if places else ():
                 images, labels = on_device(images, device), on_device(labels, device)
-                loss = summed_loss(outputs_of(chain.model, images), labels, cost)
+                loss = summed_loss(outputs_of(network.model, images), labels, cost)
                 signs = [
                     (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
                     for p in parameters
                 ]
                 with differentiable(loss):
-                    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
-                    curved = torch.autograd.grad(slopes, parameters, signs)
-                for (layer, p), v, hv in zip(owners, signs, curved, strict=True):
-                    saliency = (p.detach().square() * v * hv).flatten(1 if p.dim() > 1 else 0)
-                    total = saliency.sum(1) if p.dim() > 1 else saliency
-                    totals[layer] = totals[layer] + total.cpu().double() / 2
+                    slopes = torch.autograd.grad(
+                        loss, parameters, create_graph=True, materialize_grads=True
+                    )
+                    curved = torch.autograd.grad(slopes, parameters, signs, materialize_grads=True)
+                for (name, p, owners, rows), v, hv in zip(places, signs, curved, strict=True):
+                    saliency = rows(p.detach().square() * v * hv).sum(1).cpu().double() / 2
+                    totals[name] = totals[name].index_add(0, owners, saliency)
     finally:
         for p in frozen:
             p.requires_grad_(False)
-    totals = summed(data, chain.model, totals)
+    totals = summed(data, network.model, totals)
     return {layer: total / len(data) for layer, total in totals.items()}
 
 
@@ -345,7 +369,7 @@ def find(criterion: str | PerExample) -> PerExample | Criterion:
 
 
 def score(
-    chain: Chain,
+    network: Network,
     data: Dataset | None,
     criterion: str | PerExample,
     batch_size: int,
@@ -355,32 +379,26 @@ def score(
 
     Raises as ``filter_scores`` does.
     """
-    found = check(chain, criterion, cost)
+    found = check(network, criterion, cost)
     whole = found if found in WHOLE else over_examples(found)
-    scores = at_least_float32(chain, whole(chain, data, batch_size, cost))
-    return gathered(data, chain.model, scores)[0]  # random numbers too are then of one rank
+    scores = whole(network, data, batch_size, cost)
+    for name, values in scores.items():
+        dtype = network.layer(name).weight.dtype
+        scores[name] = values.to("cpu", torch.promote_types(dtype, torch.float32))
+    return gathered(data, network.model, scores)[0]  # random numbers too are then of one rank
 
 
 def check(
-    chain: Chain, criterion: str | PerExample, cost: Cost | None = None
+    network: Network, criterion: str | PerExample, cost: Cost | None = None
 ) -> PerExample | Criterion:
     """Return the criterion, as ``find`` does, if it can be used for this network.
 
     Raises ``TypeError`` if it needs a loss and the network puts out probabilities.
     """
     found = find(criterion)
-    if chain.softmax and cost is None and found not in (weight, random):
+    if network.softmax and cost is None and found not in (weight, random):
         raise TypeError(
-            f"{chain.softmax} is a softmax that puts out probabilities, but cross-entropy takes "
+            f"{network.softmax} is a softmax that puts out probabilities, but cross-entropy takes "
             "logits: leave it out of the network, or use nn.LogSoftmax."
         )
     return found
-
-
-def at_least_float32(chain: Chain, scores: Scores) -> Scores:
-    """``scores`` on the CPU in the dtype of each layer's weights, at least float32."""
-    dtypes = {layer: chain.model.get_submodule(layer).weight.dtype for layer in scores}
-    return {
-        layer: values.to("cpu", torch.promote_types(dtypes[layer], torch.float32))
-        for layer, values in scores.items()
-    }

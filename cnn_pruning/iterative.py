@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -10,23 +10,33 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cnn_pruning import criteria
-from cnn_pruning.chain import Chain, read_chain
 from cnn_pruning.criteria import MeanOverExamples, PerExample
-from cnn_pruning.data import batches, epoch, image_shape
-from cnn_pruning.feature_maps import by_position, check_found, on_feature_maps, with_gradient
-from cnn_pruning.measure import count_macs, count_parameters
-from cnn_pruning.passes import check_function, copy_of, integer
-from cnn_pruning.progress import progress
-from cnn_pruning.pruner import remove
-from cnn_pruning.ranks import gathered, in_parallel, make_same, seed_of_rank, summed
-from cnn_pruning.scores import Filters, Scores, names_of, normalize, select_filters, spare_filters
-from cnn_pruning.training import (
+from cnn_pruning.experiments.data import batches, epoch, few_images
+from cnn_pruning.experiments.progress import progress
+from cnn_pruning.experiments.ranks import gathered, in_parallel, make_same, seed_of_rank, summed
+from cnn_pruning.experiments.training import (
     check_settings,
     check_trainable,
     evaluate,
     in_training,
     mixed_precision,
     update,
+)
+from cnn_pruning.feature_maps import scorable
+from cnn_pruning.measure import Budget, count_macs, count_parameters
+from cnn_pruning.network.checks import check_function, integer
+from cnn_pruning.network.description import Network
+from cnn_pruning.network.maps import Seen, on_feature_maps, side_by_side, with_gradient
+from cnn_pruning.network.passes import Cost, Inputs, copy_of, size_of
+from cnn_pruning.network.reading import check_keep
+from cnn_pruning.network.removal import remove
+from cnn_pruning.scores import (
+    ByLayer,
+    Filters,
+    Scores,
+    normalize,
+    select_filters,
+    spare_filters,
 )
 
 Rescore = Callable[[nn.Module, Scores], Scores]
@@ -56,23 +66,28 @@ def prune_iteratively(
     val: Dataset,
     *,
     filters: int | None = None,
-    parameters: int | None = None,
-    macs: int | None = None,
+    parameters: float | None = None,
+    macs: float | None = None,
+    milliseconds: float | None = None,
     per_step: int = 1,
     updates: int = 30,
     criterion: str | PerExample = "taylor",
     rescore: Rescore = lambda network, scores: normalize(scores),
-    min_filters: int = 1,
+    min_filters: ByLayer = 1,
     keep: Collection[str] = (),
     batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
+    cost: Cost | None = None,
+    max_share: float = 1.0,
+    linear: bool = False,
 ) -> Iterator[Step]:
     """Alternate ``updates`` of training with removing the ``per_step`` lowest filters.
 
-    Goes on until no more than ``filters``, ``parameters`` or ``macs`` (one of them) remain, and
-    yields a ``Step`` after every removal. ``model`` is never changed. If you stop early, the last
-    step has a network that works; a last fine-tuning is left to you.
+    Goes on until no more than ``filters``, ``parameters``, ``macs`` or ``milliseconds`` (for one
+    image, measured here) remain, one of them; of parameters or MACs, a number below 1 is a share of
+    what the network has. Yields a ``Step`` after every removal. ``model`` is never changed. If you
+    stop early, the last step has a network that works; a last fine-tuning is left to you.
 
     The updates are Adam's, as in ``fit``, on mini-batches of ``batch_size`` from ``train`` in an
     order that ``seed`` draws, at the constant rate ``lr``. After each removal the optimizer is a
@@ -83,35 +98,42 @@ def prune_iteratively(
     without updates, they are scored on all of ``train`` after the updates. What is compared is
     ``rescore(network, scores)``: normalized scores, unless you want to subtract a cost, to compute
     other scores, or to leave out layers that may lose nothing at this step. ``min_filters`` and
-    ``keep`` are those of ``select_filters``.
+    ``max_share`` are those of ``select_filters``; ``keep``, ``cost`` and ``linear`` those of
+    ``filter_scores``.
 
     Several ranks work together if ``train`` comes from ``ranks.divide``, as in ``fit``, and all of
     them end with the same network, whatever ``criterion`` and ``rescore`` draw on each.
 
     Raises ``ValueError`` for a target that can't be reached or settings out of range, and
-    ``TypeError`` if the network isn't a chain, all at the first step, before anything is trained.
+    ``TypeError`` if no filter can go, all at the first step, before anything is trained.
 
     Source: Molchanov et al. 2017, Figure 1 and section 2.
     """
-    name, target = _target(filters=filters, parameters=parameters, macs=macs)
     per_step = integer("per_step", per_step, 1)
     batch_size = integer("batch_size", batch_size, 1)
     updates = integer("updates", updates, 0)
     _, lr, seed = check_settings(1, lr, seed)
-    chain = read_chain(model)
-    found = criteria.check(chain, criterion)
     check_function("rescore", rescore, "network", "scores")
+    criteria.find(criterion)
+    check_keep(model, keep)
+    network, images = scorable(model, train, linear=linear), few_images(train, 1)
+    kept_whole = network.names_of(keep)
+    found = criteria.check(network, criterion, cost)
     on_the_way = found if updates and found not in criteria.WHOLE else None
-    keep = names_of(keep)
-    spare = spare_filters(chain.filters(), min_filters, keep)
-    shape = image_shape(train)
-    least = _sizes(chain.of(remove(chain, {k: range(n) for k, n in spare.items()})), shape)[name]
-    if target < least:
+    spare = spare_filters(network.filters(), min_filters, kept_whole, max_share)
+    # What each layer keeps, in filters of the network that was handed in
+    least = {name: count - spare[name] for name, count in network.filters().items()}
+    named = {"parameters": parameters, "macs": macs, "milliseconds": milliseconds}
+    reached = _target(network, images, filters, named)
+    smallest = remove(network, {name: list(range(count)) for name, count in spare.items()})
+    if not reached(smallest):
+        (name, value), *_ = [(k, v) for k, v in (named | {"filters": filters}).items() if v]
+        least_of = _sizes(smallest, images).get(name, "more")
         raise ValueError(
-            f"The network can't get down to {target} {name}: with min_filters={min_filters} it "
-            f"keeps at least {least}."
+            f"The network can't get down to {value} {name}: with min_filters={min_filters} it "
+            f"keeps at least {least_of}."
         )
-    loss, _ = evaluate(model, val)  # raises, if it must, before anything is trained
+    loss, _ = evaluate(model, val, cost=cost)  # raises, if it must, before anything is trained
     if not math.isfinite(loss):
         raise ValueError(
             f"The loss on the validation images is {loss} from the start: check these images and "
@@ -121,57 +143,61 @@ def prune_iteratively(
         check_trainable(model, train, batch_size)
 
     stream = _endless(train, batch_size, seed)
-    sizes = _sizes(chain, shape)
-    kept = {layer: list(range(count)) for layer, count in chain.filters().items()}
+    kept = {name: list(range(count)) for name, count in network.filters().items()}
     with progress(sum(spare.values()), "pruning") as advance:
-        while sizes[name] > target:
-            chain = chain.of(copy_of(chain.model))
+        while not reached(network):
+            network = network.of(copy_of(network.model))
             scores = {}
             if updates:
-                scores = _train(chain, train, islice(stream, updates), lr, seed, on_the_way)
+                mini_batches = islice(stream, updates)
+                scores = _train(network, train, mini_batches, lr, seed, on_the_way, cost)
             if on_the_way is None:
-                scores = criteria.score(chain, train, criterion, batch_size=128)
-            scores = rescore(chain.model, scores)
-            room = sum(spare_filters(chain.filters(), min_filters, keep).values())
-            count = min(per_step, room, sizes[name] - target if name == "filters" else room)
-            chosen = select_filters(scores, count, min_filters, [k for k in keep if k in scores])
-            chosen = gathered(train, chain.model, chosen)[0]  # whatever rescore does on each rank
-            chain = chain.of(remove(chain, chosen))
-            sizes = _sizes(chain, shape)
-            removed = {layer: [kept[layer][k] for k in chosen.get(layer, [])] for layer in kept}
+                scored = network.only(lambda name: name not in kept_whole)
+                scores = criteria.score(scored, train, criterion, 128, cost)
+            scores = rescore(network.model, scores)
+            room = sum(spare_filters(network.filters(), least).values())
+            left = sum(network.filters().values()) - filters if filters else room
+            count = min(per_step, room, left)
+            smallest_now = {name: least[name] for name in scores}
+            chosen = select_filters(scores, count, smallest_now)
+            chosen = gathered(train, network.model, chosen)[0]  # whatever rescore does on each rank
+            network = remove(network, chosen)
+            removed = {name: [kept[name][k] for k in chosen.get(name, [])] for name in kept}
             kept = {
-                layer: [k for k in indices if k not in removed[layer]]
-                for layer, indices in kept.items()
+                name: [k for k in indices if k not in removed[name]]
+                for name, indices in kept.items()
             }
             for _ in range(count):
                 advance()
-            val_loss, val_accuracy = evaluate(chain.model, val)
+            val_loss, val_accuracy = evaluate(network.model, val, cost=cost)
             yield Step(
-                chain.model,
+                network.model,
                 removed,
-                {layer: list(indices) for layer, indices in kept.items()},
-                **sizes,
+                {name: list(indices) for name, indices in kept.items()},
+                **_sizes(network, images),
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
             )
 
 
-def _target(**targets: int | None) -> tuple[str, int]:
-    named = {name: value for name, value in targets.items() if value is not None}
-    if len(named) != 1:
-        raise ValueError(
-            "Name one target, filters, parameters or macs, not "
-            f"{' and '.join(named) if named else 'none'}."
-        )
-    ((name, value),) = named.items()
-    return name, integer(name, value, 1)
+def _target(
+    network: Network, images: Inputs, filters: int | None, named: dict[str, float | None]
+) -> Callable[[Network], bool]:
+    """Whether a network is small enough."""
+    if filters is None:
+        budget = Budget(network.model, images, **named)
+        return lambda network: budget.size(network.model) <= budget.most
+    most = integer("filters", filters, 1)
+    if any(value is not None for value in named.values()):
+        raise ValueError("Name one budget, filters or another, not both.")
+    return lambda network: sum(network.filters().values()) <= most
 
 
-def _sizes(chain: Chain, image_shape: tuple[int, ...]) -> dict[str, int]:
+def _sizes(network: Network, images: Inputs) -> dict[str, int]:
     return {
-        "filters": sum(chain.filters().values()),
-        "parameters": count_parameters(chain.model),
-        "macs": count_macs(chain.model, image_shape),
+        "filters": sum(network.filters().values()),
+        "parameters": count_parameters(network.model),
+        "macs": count_macs(network.model, images),
     }
 
 
@@ -182,47 +208,46 @@ def _endless(train: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tenso
 
 
 def _train(
-    chain: Chain,
+    network: Network,
     train: Dataset,
-    stream: Iterator[tuple[Tensor, Tensor, float]],
+    stream: Iterator[tuple[Inputs, object, float]],
     lr: float,
     seed: int,
     per_example: PerExample | None,
+    cost: Cost | None,
 ) -> Scores:
     """Train in place on the mini-batches of ``stream``; return scores from the same passes."""
-    precision = mixed_precision(chain.model, train)
-    optimizer = torch.optim.Adam(chain.model.parameters(), lr)
-    filters = chain.filters()
+    precision = mixed_precision(network.model, train)
+    optimizer = torch.optim.Adam(network.model.parameters(), lr)
     mean = MeanOverExamples(per_example)
-    maps: dict[str, Tensor] = {}
+    found: list[Seen] = []
     total = 0.0
 
-    def keep(layer: str, z: Tensor) -> Tensor | None:
-        z, after = with_gradient(layer, z)
-        z.retain_grad()
-        maps[layer] = z
+    def keep(seen: Seen) -> Tensor | None:
+        seen.z, after = with_gradient(seen)
+        seen.z.retain_grad()
+        found.append(seen)
         return after
 
-    watched = chain if per_example else replace(chain, links={})
-    with in_training(chain.model, seed_of_rank(seed, train)), on_feature_maps(watched, keep):
-        network = in_parallel(chain.model, train)
+    watched = network if per_example else network.only(lambda name: False)
+    with in_training(network.model, seed_of_rank(seed, train)), on_feature_maps(watched, keep):
+        parallel = in_parallel(network.model, train)
         for images, labels, divisor in stream:
-            total += update(network, optimizer, images, labels, divisor, precision)
+            total += update(parallel, optimizer, images, labels, divisor, precision, cost)
             if per_example and divisor < math.inf:
-                check_found(chain, maps, len(images))
-                mean.add(
-                    {  # the gradient of each example's own loss, not of the mean
-                        layer: by_position(_exact(z), _exact(z.grad) * divisor, filters[layer])
-                        for layer, z in maps.items()
-                    }
-                )
-            maps.clear()
-    make_same(chain.model, train)
-    loss = summed(train, chain.model, {"loss": float(total)})["loss"]
+                slopes = []
+                for seen in found:  # the gradient of each example's own loss, not of the mean
+                    slope = torch.zeros_like(seen.z) if seen.z.grad is None else seen.z.grad
+                    slopes.append(_exact(slope) * divisor)
+                    seen.z = _exact(seen.z)
+                mean.add(side_by_side(network, found, slopes, size_of(images)))
+            found.clear()
+    make_same(network.model, train)
+    loss = summed(train, network.model, {"loss": float(total)})["loss"]
     if not math.isfinite(loss):  # on every rank alike
         raise FloatingPointError(f"The loss is {loss}: use an lr lower than {lr}.")
-    return mean.scores(chain.model, train)
+    return mean.scores(network.model, train)
 
 
 def _exact(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))

@@ -7,15 +7,19 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import DeformConv2d
 
-from cnn_pruning.model import CNN
-from cnn_pruning.passes import device_of, evaluation, integer, outputs_of, shown
+from cnn_pruning.experiments.model import CNN
+from cnn_pruning.network.checks import integer, positive, shown
+from cnn_pruning.network.passes import Inputs, device_of, evaluation, on_device, outputs_of
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -24,23 +28,95 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, image_shape: tuple[int, ...] | None = None) -> int:
+def count_macs(model: nn.Module, image_shape: tuple[int, ...] | Inputs | None = None) -> int:
     """Return the multiply-adds of one forward pass over one image; biases are not counted.
 
-    ``image_shape`` is (channels, height, width); a ``CNN`` knows its own. Raises ``ValueError``
-    if it is missing, or if the network can't take such an image.
+    ``image_shape`` is (channels, height, width), or a batch of what the network takes, of which the
+    first is used; a ``CNN`` knows its own. Matrix products, convolutions and attention are counted
+    by PyTorch; recurrent, bilinear and deformable layers by their weights.
+
+    Raises ``ValueError`` if the shape is missing, or if the network can't take such an image.
     """
-    images = _images(model, 1, image_shape)
-    with FlopCounterMode(display=False) as counter, evaluation(model), torch.no_grad():
+    images, more = _images(model, 1, image_shape), [0]
+    fast = torch.backends.mha.get_fastpath_enabled()  # it would hide the products of attention
+    with ExitStack() as stack:
+        counter = stack.enter_context(FlopCounterMode(display=False))
+
+        def counted() -> int:
+            return counter.get_total_flops() // 2
+
+        for layer in model.modules():
+            if isinstance(layer, BY_WEIGHTS):
+
+                def before(*_: object) -> None:
+                    more[0] += counted()
+
+                def after(layer: nn.Module, inputs: tuple, output: object) -> None:
+                    more[0] += _by_weights(layer, inputs, output) - counted()
+
+                stack.callback(layer.register_forward_pre_hook(before).remove)
+                stack.callback(layer.register_forward_hook(after).remove)
+        stack.enter_context(evaluation(model))
+        stack.enter_context(torch.no_grad())
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         outputs_of(model, images)
-    return counter.get_total_flops() // 2
+    return counted() + more[0]
+
+
+BY_WEIGHTS = (nn.RNNBase, nn.Bilinear, DeformConv2d)
+
+
+def _by_weights(layer: nn.Module, inputs: tuple, output: object) -> int:
+    if isinstance(layer, nn.RNNBase):
+        steps = inputs[0].numel() // inputs[0].shape[-1]
+        return steps * sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+    if isinstance(layer, nn.Bilinear):  # x W, then times y
+        return output.numel() * (layer.in1_features + 1) * layer.in2_features
+    return output.numel() * layer.weight[0].numel()
+
+
+class Budget:
+    """At most so many ``macs``, ``parameters`` or ``milliseconds`` (for one image, measured here).
+
+    Of the first two, a number below 1 is a share of what ``model`` has. ``images`` are what a
+    network takes. Raises ``ValueError`` unless one is named, as a positive number.
+    """
+
+    def __init__(self, model: nn.Module, images: Inputs, **named: float | None) -> None:
+        named = {name: value for name, value in named.items() if value is not None}
+        known = {
+            "macs": lambda model: count_macs(model, images),
+            "parameters": count_parameters,
+            "milliseconds": lambda model: latency(model, batch_size=1, image_shape=images)[0][0],
+        }
+        if len(named) != 1 or not named.keys() <= known.keys():
+            raise ValueError(
+                f"Name one budget, {', '.join(known)}, or a number of filters, not "
+                f"{' and '.join(named) or 'none'}."
+            )
+        ((self.name, value),) = named.items()
+        self.size = known[self.name]
+        self.most = positive(self.name, value)
+        if self.most < 1 and self.name != "milliseconds":
+            self.most *= self.size(model)
+
+    def fewest(self, without: Callable[[int], nn.Module], most: int) -> int:
+        """The fewest filters, at most ``most``, ``without`` which a network keeps the budget."""
+        count = bisect_left(range(most + 1), True, key=lambda n: self.size(without(n)) <= self.most)
+        if count > most:
+            raise ValueError(
+                f"The network can't get down to {self.most:,.6g} {self.name}: without all {most} "
+                f"filters that can go it still has {self.size(without(most)):,.6g}."
+            )
+        return count
 
 
 def latency(
     *models: nn.Module,
     batch_size: int,
     repeats: int = 30,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: tuple[int, ...] | Inputs | None = None,
 ) -> list[tuple[float, float, float]]:
     """Return the median and the quartiles of the milliseconds that a forward pass takes.
 
@@ -63,9 +139,9 @@ def latency(
             shuffle(turns)
             for network, batch, row in turns:
                 start = time.perf_counter()
-                network(batch)
-                if batch.is_cuda:
-                    torch.cuda.synchronize(batch.device)
+                outputs_of(network, batch)
+                if (device := device_of(network)).type == "cuda":
+                    torch.cuda.synchronize(device)
                 row.append(1000 * (time.perf_counter() - start))
     quartiles = [statistics.quantiles(row[4:], n=4) for row in times]
     return [(median, first, third) for first, median, third in quartiles]
@@ -99,9 +175,14 @@ def buffers_kept() -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _images(model: nn.Module, batch_size: int, image_shape: tuple[int, ...] | None) -> torch.Tensor:
+def _images(
+    model: nn.Module, batch_size: int, image_shape: tuple[int, ...] | Inputs | None
+) -> Inputs:
     if image_shape is None and isinstance(model, CNN):
         image_shape = model.IMAGE_SHAPE
+    if any(isinstance(x, torch.Tensor) for x in tree_leaves(image_shape)):
+        batch = tree_map(lambda x: x[:1].expand(batch_size, *x.shape[1:]), image_shape)
+        return on_device(batch, device_of(model))
     if not isinstance(image_shape, tuple | list):
         raise ValueError(
             "image_shape must be (channels, height, width) of the network's images, (3, 32, 32) "

@@ -1,17 +1,19 @@
 """Scores of filters: made comparable, and the lowest of them selected."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from cnn_pruning.passes import integer, shown
+from cnn_pruning.network.checks import integer, shown
+from cnn_pruning.network.description import Filters, names_of
 
 Scores = dict[str, Tensor]
 """The score of each filter (K,), high for a filter that matters, by name of convolution."""
 
-Filters = dict[str, list[int]]
-"""Indices of filters, by name of convolution."""
+ByLayer = int | Mapping[str, int]
+"""One number for all layers, or one for each layer named; the others have 1."""
 
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 
@@ -38,16 +40,25 @@ def normalize(scores: Scores) -> Scores:
 
 
 def select_filters(
-    scores: Scores, n: int, min_filters: int = 1, keep: Collection[str] = ()
+    scores: Scores,
+    n: int,
+    min_filters: ByLayer = 1,
+    keep: Collection[str] = (),
+    max_share: float = 1.0,
+    multiple_of: ByLayer = 1,
 ) -> Filters:
     """Return the ``n`` filters with the lowest scores over all layers: sorted indices by layer.
 
     ``scores`` are compared as they are: hand in ``normalize(scores)`` to compare layers on one
-    scale, or subtract a cost. Every layer keeps at least ``min_filters``; the layers named in
-    ``keep`` lose none. Equal scores go by layer, then by index.
+    scale, or subtract a cost. Every layer keeps at least ``min_filters``, and loses at most
+    ``max_share`` of its filters; the layers named in ``keep`` lose none. Equal scores go by layer,
+    then by index.
+
+    With ``multiple_of``, what a layer keeps is rounded up to a multiple of that, or stays whole.
+    Then *up to* ``n`` filters are returned.
 
     Raises ``ValueError`` if exactly ``n`` filters can't be taken, if a score isn't finite or if
-    ``keep`` names another layer, and ``TypeError`` for what aren't scores.
+    another layer is named, and ``TypeError`` for what aren't scores.
     """
     scores = _checked(scores)
     for layer, values in scores.items():
@@ -56,7 +67,9 @@ def select_filters(
                 f"{layer} has scores that are not finite ({shown(values.tolist())}): check the "
                 "network's weights and the images."
             )
-    spare = spare_filters({name: len(v) for name, v in scores.items()}, min_filters, keep)
+    widths = {name: len(v) for name, v in scores.items()}
+    spare = spare_filters(widths, min_filters, keep, max_share)
+    multiples = by_layer("multiple_of", multiple_of, widths)
     most = sum(spare.values())
     room = ", ".join(f"{count} of {layer}" for layer, count in spare.items())
     try:
@@ -64,9 +77,10 @@ def select_filters(
     except ValueError:
         left = most + 1
     if left > most:
+        limits = f"min_filters={min_filters}" + f" and max_share={max_share}" * (max_share < 1)
         raise ValueError(
-            f"Can't remove {shown(n)} filters: with min_filters={min_filters} it must be an "
-            f"integer from 0 to {most} ({room or 'there are no layers'})."
+            f"Can't remove {shown(n)} filters: with {limits} it must be an integer from 0 to "
+            f"{most} ({room or 'there are no layers'})."
         )
     ranking = sorted(  # stable, so ties stay in the order of the layers
         ((value, layer, k) for layer in scores for k, value in enumerate(scores[layer].tolist())),
@@ -77,33 +91,53 @@ def select_filters(
         if left and len(selected[layer]) < spare[layer]:
             selected[layer].append(k)
             left -= 1
+    for layer, indices in selected.items():
+        kept = widths[layer] - len(indices)
+        kept = min(widths[layer], -(-kept // multiples[layer]) * multiples[layer])
+        del indices[widths[layer] - kept :]
     return {layer: sorted(indices) for layer, indices in selected.items()}
 
 
 def spare_filters(
-    widths: dict[str, int], min_filters: int = 1, keep: Collection[str] = ()
+    widths: dict[str, int],
+    min_filters: ByLayer = 1,
+    keep: Collection[str] = (),
+    max_share: float = 1.0,
 ) -> dict[str, int]:
     """Return how many filters each layer can lose, of ``widths`` filters.
 
-    Raises ``ValueError`` for ``min_filters`` below 1 or a name in ``keep`` that isn't a layer, and
-    ``TypeError`` if ``keep`` doesn't hold names.
+    Raises ``ValueError`` for ``min_filters`` below 1, a ``max_share`` that isn't from 0 to 1 or a
+    name that isn't a layer, and ``TypeError`` if ``keep`` doesn't hold names.
     """
-    least = integer("min_filters", min_filters, 1)
+    least = by_layer("min_filters", min_filters, widths)
+    if isinstance(max_share, bool) or not isinstance(max_share, int | float):
+        raise ValueError(f"max_share must be from 0 to 1, but it is {shown(max_share)}.")
+    if not 0 <= max_share <= 1:
+        raise ValueError(f"max_share must be from 0 to 1, but it is {max_share}.")
     kept = names_of(keep)
-    unknown = [name for name in kept if name not in widths]
+    _check_layers("keep", kept, widths)
+    return {
+        layer: 0
+        if layer in kept
+        else max(0, min(count - least[layer], math.floor(count * max_share)))
+        for layer, count in widths.items()
+    }
+
+
+def by_layer(name: str, value: ByLayer, layers: Collection[str]) -> dict[str, int]:
+    """Return a number from 1 on for each layer; raise ``ValueError`` for anything else."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(layers, integer(name, value, 1))
+    _check_layers(name, value, layers)
+    return {layer: integer(name, value.get(layer, 1), 1) for layer in layers}
+
+
+def _check_layers(name: str, named: Collection[str], layers: Collection[str]) -> None:
+    unknown = [str(layer) for layer in named if layer not in layers]
     if unknown:
         raise ValueError(
-            f"keep names {', '.join(unknown)}, but the layers are {', '.join(widths) or 'none'}."
+            f"{name} names {', '.join(unknown)}, but the layers are {', '.join(layers) or 'none'}."
         )
-    return {layer: 0 if layer in kept else max(0, count - least) for layer, count in widths.items()}
-
-
-def names_of(keep: Collection[str]) -> list[str]:
-    """Return ``keep`` as a list, also if it is one name; ``TypeError`` if it isn't names."""
-    names = [keep] if isinstance(keep, str) else keep
-    if isinstance(names, Collection) and all(isinstance(name, str) for name in names):
-        return list(names)
-    raise TypeError(f"keep must be a list of names of layers, but it is {shown(keep)}.")
 
 
 def _checked(scores: Scores) -> Scores:

@@ -32,10 +32,10 @@ from torch.utils.data import TensorDataset
 from torchinfo import summary
 
 from cnn_pruning.alive import alone, hold, let_go, signals_interrupt, the_dead
+from cnn_pruning.experiments.model import CNN
+from cnn_pruning.experiments.paths import ROOT
+from cnn_pruning.experiments.ranks import first_alone
 from cnn_pruning.measure import count_parameters
-from cnn_pruning.model import CNN
-from cnn_pruning.paths import ROOT
-from cnn_pruning.ranks import first_alone
 
 if TYPE_CHECKING:
     import mlflow

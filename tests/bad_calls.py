@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import FashionMNIST
 
 import cnn_pruning
-from cnn_pruning import CNN, TaylorPruner, criteria, groups, iterative, measure
-from cnn_pruning.chain import read_chain
+from cnn_pruning import CNN, TaylorPruner, criteria, iterative, measure
+from cnn_pruning.network.reading import read
 from cnn_pruning.oracle import oracle
 
 PACKAGE = str(Path(cnn_pruning.__file__).parent)
@@ -143,6 +143,9 @@ RIGHT = {
     "seed": each(0, 3),
     "lr": each(1e-3),
     "keep": each((), [NAMES[0]], NAMES[1]),
+    "max_share": each(1.0, 0.5),
+    "multiple_of": each(1, 2),
+    "linear": each(False, True),
     "normalize": each(True, False),
     "channels": each((2, 3), [1]),
     "cost": [lambda: lambda outputs, labels: outputs.square().sum(1)],
@@ -312,6 +315,9 @@ NEARLY = {  # what one may well take for right
         ),
         lambda: lambda *_: {NAMES[0]: torch.ones(9)},
     ],
+    "max_share": each(-1, 2, "1", None, float("nan")),
+    "multiple_of": each(0, -1, 2.0, {"a": 1}, {NAMES[0]: 0}, None),
+    "linear": each(None, 1),
     "keep": [*each("a", ["a"], [1], [[NAMES[0]]], {NAMES[0]: 1}, (None,)), endless, EndlessItems],
     "channels": [*each((), (0,), (2, -1), (2.0,), "23", (10**30, 2), [[2]]), endless],
     "on_epoch": [lambda: fails, lambda: lambda: None, lambda: len],
@@ -343,16 +349,11 @@ def costs(model):
 
 
 def score(model, data, criterion="taylor", batch_size=4, cost=None):
-    return criteria.score(read_chain(model), data, criterion, batch_size, cost)
+    return criteria.score(read(model), data, criterion, batch_size, cost)
 
 
 def mask_filters(**options):
     with cnn_pruning.mask_filters(**options):
-        pass
-
-
-def mask_groups(**options):
-    with groups.mask_groups(**options):
         pass
 
 
@@ -405,11 +406,21 @@ PUBLIC = [
         4,
     ),
     Public(cnn_pruning.evaluate, ("model", "data"), ("batch_size",), 3),
-    Public(cnn_pruning.filter_scores, ("model", "data"), ("criterion", "batch_size", "cost"), 5),
+    Public(
+        cnn_pruning.filter_scores,
+        ("model", "data"),
+        ("criterion", "batch_size", "cost", "keep", "linear"),
+        5,
+    ),
     Public(cnn_pruning.normalize, ("scores",)),
-    Public(cnn_pruning.select_filters, ("scores", "n"), ("min_filters", "keep"), 4),
-    Public(mask_filters, ("model", "filters"), often=3),
-    Public(cnn_pruning.remove_filters, ("model", "filters"), often=3),
+    Public(
+        cnn_pruning.select_filters,
+        ("scores", "n"),
+        ("min_filters", "keep", "max_share", "multiple_of"),
+        4,
+    ),
+    Public(mask_filters, ("model", "filters"), ("data",), often=4),
+    Public(cnn_pruning.remove_filters, ("model", "filters"), ("data",), often=4),
     Public(pruner, ("model",), ("criterion", "min_filters", "keep", "cost", "normalize")),
     Public(pruner_score, ("data",), ("batch_size",)),
     Public(pruner_select, ("n",)),
@@ -430,9 +441,6 @@ PUBLIC = [
     Public(costs, ("model",), often=1),
     Public(oracle, ("model", "data"), ("batch_size", "cost")),
     Public(score, ("model", "data"), ("criterion", "batch_size", "cost")),
-    Public(groups.group_scores, ("model", "data"), ("batch_size", "cost", "keep"), 2),
-    Public(groups.remove_groups, ("model", "filters", "data")),
-    Public(mask_groups, ("model", "filters", "data")),
 ]
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import evaluate, filter_scores, mask_filters, operations, remove_filters
-from cnn_pruning.chain import read_chain
+from cnn_pruning import evaluate, filter_scores, mask_filters, remove_filters
+from cnn_pruning.network.reading import read
+from cnn_pruning.network.sequential import ACTIVATIONS, POOLING
 from cnn_pruning.oracle import oracle
 
 SHAPE = (2, 9, 8)
-ACTIVATIONS = [k for k, kind in operations.MODULES.items() if kind is operations.Kind.ACTIVATION]
-KINDS = [k for k in operations.MODULES if k not in (nn.Linear, nn.Flatten, nn.BatchNorm1d)]
+KINDS = [k for k in (*ACTIVATIONS, *POOLING) if k.__name__[-2:] not in ("1d", "3d")]
+KINDS.append(nn.BatchNorm2d)
 
 
 def layer(kind: type[nn.Module], channels: int, rng: random.Random) -> nn.Module:
@@ -90,7 +91,7 @@ def check(seed: int) -> dict[str, float]:
     rng = random.Random(seed)
     if seed % 2:
         model, shape = chain_of_every_kind(seed), SHAPE
-        widths = read_chain(model).filters()
+        widths = read(model).filters()
         gone = {n: rng.sample(range(k), rng.randint(0, k - 1)) for n, k in widths.items()}
     else:  # written in other ways
         network = random_network(seed)
@@ -100,9 +101,9 @@ def check(seed: int) -> dict[str, float]:
     data = TensorDataset(images, torch.arange(5) % 3)
 
     with torch.no_grad():
-        with mask_filters(model, gone):
+        with mask_filters(model, gone, images):
             masked = model(images)
-        small = remove_filters(model, gone)
+        small = remove_filters(model, gone, images)
         found = {"removed and masked": relative(small(images), masked)}
 
     first = {name: indices[: len(indices) // 2] for name, indices in gone.items()}
@@ -110,14 +111,14 @@ def check(seed: int) -> dict[str, float]:
         name: [k - sum(f < k for f in first[name]) for k in indices if k not in first[name]]
         for name, indices in gone.items()
     }
-    twice = remove_filters(remove_filters(model, first), rest)
+    twice = remove_filters(remove_filters(model, first, images), rest, images)
     assert_same(dict(twice.state_dict()), dict(small.state_dict()))
 
     base, _ = evaluate(model, data)
     exact = oracle(model, data, batch_size=2)
     for name, changes in exact.items():
         k = rng.randrange(len(changes))
-        with mask_filters(model, {name: [k]}):
+        with mask_filters(model, {name: [k]}, images):
             change = torch.tensor(evaluate(model, data)[0] - base, dtype=torch.float64)
         difference = (changes[k] - change).abs().item() / max(1, abs(base))
         found["oracle and mask"] = max(found.get("oracle and mask", 0), difference)

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from cnn_pruning.paths import ROOT
+from cnn_pruning.experiments.paths import ROOT
 
 NOTEBOOKS = {path.stem[:2]: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 

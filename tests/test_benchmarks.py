@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from cnn_pruning.paths import ROOT
+from cnn_pruning.experiments.paths import ROOT
 
 FOLDER = ROOT / "tests" / "benchmarks"
 

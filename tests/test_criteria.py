@@ -143,7 +143,8 @@ def test_a_convolution_that_puts_out_the_logits_has_no_scores():
     )
     data = TensorDataset(torch.rand(2, 1, 6, 6), torch.tensor([0, 1]))
     assert list(filter_scores(model, data)) == ["0"]
-    assert filter_scores(model[2:], TensorDataset(torch.rand(2, 4, 6, 6), data.tensors[1])) == {}
+    with pytest.raises(TypeError, match=r"no filters that could go .*the network's outputs"):
+        filter_scores(model[2:], TensorDataset(torch.rand(2, 4, 6, 6), data.tensors[1]))
 
 
 def test_scores_of_a_float32_network_are_float32():
@@ -420,9 +421,9 @@ def test_mutual_information_is_nothing_for_a_dead_filter_and_all_for_a_perfect_o
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_minimum_weight_is_the_mean_square_of_the_weights_and_needs_no_data(seed):
+def test_minimum_weight_is_the_mean_square_of_the_weights(seed):
     network = random_network(seed)
-    scores = filter_scores(network.model, None, "weight")
+    scores = filter_scores(network.model, random_data(network), "weight")
     assert list(scores) == list(network.feature_maps())
     for name, values in scores.items():
         weights = network.model.get_submodule(name).weight
@@ -432,10 +433,11 @@ def test_minimum_weight_is_the_mean_square_of_the_weights_and_needs_no_data(seed
 
 def test_random_scores_follow_the_callers_seed_only():
     network = random_network(0)
+    data = random_data(network)
     torch.manual_seed(5)
-    first, second = (filter_scores(network.model, None, "random") for _ in range(2))
+    first, second = (filter_scores(network.model, data, "random") for _ in range(2))
     torch.manual_seed(5)
-    assert_same(filter_scores(network.model, None, "random"), first)
+    assert_same(filter_scores(network.model, data, "random"), first)
     assert not all(torch.equal(first[name], second[name]) for name in first)
     assert all(((values >= 0) & (values < 1)).all() for values in first.values())
 
@@ -512,7 +514,9 @@ def test_the_oracle_is_the_change_of_the_loss_when_the_filter_is_removed(seed):
     base, _ = evaluate(network.model, data)
     for name, changes in signed.items():
         if len(changes) > 1:
-            removed = [remove_filters(network.model, {name: [k]}) for k in range(len(changes))]
+            removed = [
+                remove_filters(network.model, {name: [k]}, data) for k in range(len(changes))
+            ]
             expected = [evaluate(small, data)[0] - base for small in removed]
             torch.testing.assert_close(
                 changes, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-12

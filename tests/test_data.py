@@ -10,9 +10,10 @@ import torch
 from torch.utils.data import TensorDataset
 from torchvision.datasets import FashionMNIST
 
-from cnn_pruning import fashion_mnist, paths
-from cnn_pruning.data import batches
-from cnn_pruning.paths import ROOT
+from cnn_pruning import fashion_mnist
+from cnn_pruning.experiments import paths
+from cnn_pruning.experiments.data import batches
+from cnn_pruning.experiments.paths import ROOT
 
 EXTRACTED = [name.removesuffix(".gz") for name, _ in FashionMNIST.resources]
 

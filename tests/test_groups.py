@@ -1,8 +1,7 @@
 """Filters that go together: their score is a gate's derivative, and a closed gate is removal."""
 
 import random
-import runpy
-import sys
+import warnings
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from networks import (
     SEEDS,
     assert_same,
     random_data,
-    random_filters,
     random_network,
     state_of,
 )
@@ -21,10 +19,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import filter_scores, groups, normalize, remove_filters, select_filters
-from cnn_pruning.groups import group_scores, mask_groups, remove_groups
-
-pytest.importorskip("torch_pruning")
+from cnn_pruning import (
+    TaylorPruner,
+    filter_scores,
+    mask_filters,
+    normalize,
+    remove_filters,
+    select_filters,
+)
+from cnn_pruning.network import reading, removal
 
 
 class Residual(nn.Module):
@@ -138,7 +141,7 @@ def test_the_score_is_the_derivative_of_one_gate_on_all_maps_of_the_group(seed):
     loss = F.cross_entropy(model(images, multiply(gates)), labels, reduction="sum")
     derivatives = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
 
-    scores = group_scores(model, data, batch_size=2)
+    scores = filter_scores(model, data, batch_size=2)
     assert list(scores) == GROUPS
     assert [len(maps[name]) for name in GROUPS] == [2, 1, 1, 2, 1, 1]
     for name, score in scores.items():
@@ -157,8 +160,8 @@ def test_a_closed_gate_on_all_maps_is_removal(seed):
     for name, gone in filters.items():
         gates[name][:, gone] = 0
     closed = model(images, multiply(gates))
-    small = remove_groups(model, filters, data)
-    with mask_groups(model, filters, data):
+    small = remove_filters(model, filters, data)
+    with mask_filters(model, filters, data):
         torch.testing.assert_close(model(images), closed)
     torch.testing.assert_close(small(images), closed)
     kept = {name: width - len(filters[name]) for name, width in widths(model).items()}
@@ -166,7 +169,7 @@ def test_a_closed_gate_on_all_maps_is_removal(seed):
     assert small.depthwise.groups == small.across.out_channels == kept["d.0"]
     if any(filters.values()):
         assert (closed - model(images)).abs().max() > 1e-6, "removal must be seen to change it"
-        again = group_scores(small, data)  # a depthwise convolution of one channel mixes them all
+        again = filter_scores(small, data)  # a depthwise convolution of one channel mixes them all
         assert {name: len(again[name]) for name in again if name != "depthwise"} == kept
 
 
@@ -178,7 +181,7 @@ def test_a_gate_on_each_summand_is_the_same_gate_unless_a_batch_norm_follows():
     gates = gates_of(model, images)
     loss = F.cross_entropy(model(images, summand=multiply(gates)), labels, reduction="sum")
     slope, behind = torch.autograd.grad(loss, [gates["stem.0"], gates["d.0"]])
-    scores = group_scores(model, data)
+    scores = filter_scores(model, data)
     ratio = slope.abs().mean(0) / scores["stem.0"]
     torch.testing.assert_close(ratio, torch.full_like(ratio, 8 * 8 + 4 * 4))
     with pytest.raises(AssertionError):
@@ -188,17 +191,43 @@ def test_a_gate_on_each_summand_is_the_same_gate_unless_a_batch_norm_follows():
 
 @PROPERTY
 @given(SEEDS)
-def test_a_chain_has_the_scores_and_the_removal_of_a_chain(seed):
+def test_both_ways_of_reading_give_one_description(seed):
+    """A sequence read from its modules, and from the graph of what it computes."""
     network = random_network(seed)
-    data = random_data(network, seed=seed)
-    scores = group_scores(network.model, data, batch_size=2)
-    expected = filter_scores(network.model, data)
-    assert list(scores) == list(expected)
-    for name, values in scores.items():
-        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=0)
-    filters = random_filters(network, seed)
-    small = remove_groups(network.model, filters, data)
-    assert_same(small.state_dict(), remove_filters(network.model, filters).state_dict())
+    model, images = nn.Sequential(*network.layers).eval(), random_data(network).tensors[0]
+    by_modules = reading.read_sequential(model)
+    groups, left_out = reading.read_graph(reading.copy_of(model), images)
+    assert list(groups) == list(by_modules.groups) and left_out == by_modules.left_out
+    for name, group in groups.items():
+        expected = by_modules.groups[name]
+        assert group.filters == expected.filters
+
+        def seen(group):
+            return {(p.name, p.side): (p.channels.tolist(), p.owners.tolist()) for p in group.parts}
+
+        assert seen(group) == seen(expected)
+
+
+@PROPERTY
+@given(SEEDS)
+def test_a_pruned_network_s_description_is_what_reading_it_again_gives(seed):
+    model, data = Residual(seed), random_images(seed)
+    network = reading.read(model, data.tensors[0])
+    filters = {
+        name: random.Random(seed).sample(range(k), k // 2) for name, k in network.filters().items()
+    }
+    small = removal.remove(network, filters)
+    again = reading.read(small.model, data.tensors[0])
+    if min(again.filters().values()) > 1:  # one channel is tied to nothing
+        assert small.filters() == again.filters()
+        for name, group in small.groups.items():
+            for part in group.parts:
+                (other,) = [
+                    p
+                    for p in again.groups[name].parts
+                    if (p.name, p.side) == (part.name, part.side)
+                ]
+                assert torch.equal(part.channels, other.channels), part.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -208,10 +237,10 @@ def test_torchvisions_networks(name, dtype):
     model = randomized(torchvision.models.get_model(name, weights=None)).to(dtype).eval()
     data = random_images(size=3, shape=(3, 32, 32), dtype=dtype)
     images = data.tensors[0]
-    scores = group_scores(model, data)
+    scores = filter_scores(model, data)
     assert all(values.isfinite().all() and values.dtype == dtype for values in scores.values())
     filters = select_filters(normalize(scores), sum(map(len, scores.values())) // 3)
-    small = remove_groups(model, filters, data)
+    small = remove_filters(model, filters, data)
     for layer, values in scores.items():
         conv = small.get_submodule(layer)
         assert conv.out_channels == len(conv.weight) == len(values) - len(filters[layer])
@@ -222,7 +251,7 @@ def test_torchvisions_networks(name, dtype):
             assert layer.groups in (1, layer.in_channels)
     with torch.no_grad():
         whole, removed = model(images), small(images)
-        with mask_groups(model, filters, data):
+        with mask_filters(model, filters, data):
             masked = model(images)
     # The sums have fewer terms in another order. 20 (or 52) layers of up to 4,608 terms: some
     # hundred times eps, of the largest logit.
@@ -234,7 +263,7 @@ def test_torchvisions_networks(name, dtype):
 
 def test_groups_of_resnet18_are_its_stages_and_the_inside_of_each_block():
     model = torchvision.models.resnet18(weights=None)
-    scores = group_scores(model, random_images(size=2, shape=(3, 32, 32), dtype=torch.float32))
+    scores = filter_scores(model, random_images(size=2, shape=(3, 32, 32), dtype=torch.float32))
     stages = ["conv1", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
     inside = [f"layer{i}.{j}.conv1" for i in range(1, 5) for j in range(2)]
     assert sorted(scores) == sorted(stages + inside)
@@ -270,13 +299,13 @@ def test_grouped_convolutions_lose_the_same_in_each_of_their_groups():
         head=head(5),
     )
     data = random_images()
-    scores = group_scores(model, data)
+    scores = filter_scores(model, data)
     assert {name: len(values) for name, values in scores.items()} == {
         "first": 3,
         "grouped": 2,
         "last": 5,
     }
-    small = remove_groups(model, {"first": [1], "grouped": [0]}, data)
+    small = remove_filters(model, {"first": [1], "grouped": [0]}, data)
     assert_same(small.first.weight, model.first.weight[[0, 2, 3, 5]])
     assert_same(small.grouped.weight, model.grouped.weight[[1, 3]][:, [0, 2]])
     assert small.grouped.groups == 2
@@ -330,12 +359,12 @@ def test_other_ways_to_tie_channels(way):
     how, layers, expected = WAYS[way]
     model = Net(lambda m, x: how(m, F.relu(m.first(x))), first=conv(2, 4), **layers)
     data = random_images()
-    scores = group_scores(model, data)
+    scores = filter_scores(model, data)
     assert list(scores) == expected
     filters = select_filters(scores, len(expected), keep=expected[2:])
-    with mask_groups(model, filters, data):
+    with mask_filters(model, filters, data):
         masked = model(data.tensors[0])
-    torch.testing.assert_close(remove_groups(model, filters, data)(data.tensors[0]), masked)
+    torch.testing.assert_close(remove_filters(model, filters, data)(data.tensors[0]), masked)
 
 
 def test_what_is_tied_to_the_images_or_the_outputs_is_left_out():
@@ -343,10 +372,10 @@ def test_what_is_tied_to_the_images_or_the_outputs_is_left_out():
     data = random_images()
     layers = {"a": conv(2, 4), "b": conv(4, 2), "c": conv(4, 5), "head": head(5)}
     added = Net(lambda m, x: m.head(m.c(torch.cat([x, m.b(F.relu(m.a(x))) + x], 1))), **layers)
-    assert list(group_scores(added, data)) == ["a", "c"]
+    assert list(filter_scores(added, data)) == ["a", "c"]
     joined = Net(lambda m, x: m.head(m.c(torch.cat([x, m.b(F.relu(m.a(x)))], 1))), **layers)
-    assert list(group_scores(joined, data)) == ["a", "b", "c"]
-    small = remove_groups(joined, {"b": [0]}, data)
+    assert list(filter_scores(joined, data)) == ["a", "b", "c"]
+    small = remove_filters(joined, {"b": [0]}, data)
     assert_same(small.c.weight, joined.c.weight[:, [0, 1, 3]])
     pixels = Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(2, 4), b=conv(4, 2))
     segments = TensorDataset(data.tensors[0], torch.ones(5, 8, 8).long())
@@ -354,7 +383,7 @@ def test_what_is_tied_to_the_images_or_the_outputs_is_left_out():
     def cost(outputs, labels):
         return F.cross_entropy(outputs, labels, reduction="none").mean((1, 2))
 
-    assert list(group_scores(pixels, segments, cost=cost)) == ["a"]
+    assert list(filter_scores(pixels, segments, cost=cost)) == ["a"]
 
 
 def test_the_network_is_left_as_it_was_and_its_copy_keeps_what_it_had():
@@ -364,9 +393,9 @@ def test_the_network_is_left_as_it_was_and_its_copy_keeps_what_it_had():
     F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
     before = state_of(model)
     with torch.inference_mode():
-        scores = group_scores(model, data)
-        small = remove_groups(model, {"stem.0": [0]}, data)
-    with mask_groups(model, {"stem.0": [0]}, data):
+        scores = filter_scores(model, data)
+        small = remove_filters(model, {"stem.0": [0]}, data)
+    with mask_filters(model, {"stem.0": [0]}, data):
         pass
     assert_same(state_of(model), before)
     assert scores["a.0"].any(), "frozen layers are scored, too"
@@ -376,34 +405,40 @@ def test_the_network_is_left_as_it_was_and_its_copy_keeps_what_it_had():
     assert small.b[0].weight.grad is not None
 
 
-@pytest.mark.parametrize(
-    "norm, why",
-    [
-        (nn.GroupNorm(2, 4), "norm is a GroupNorm"),
-        (nn.BatchNorm2d(4, track_running_stats=False), "norm is a batch norm without running"),
-        (nn.LocalResponseNorm(3, alpha=1.0), "uses several channels at once"),
-        (nn.Softmax(1), "uses several channels at once"),
-        (nn.PixelShuffle(2), "counts on their number"),
-    ],
-)
-def test_what_cannot_be_removed_exactly_is_refused(norm, why):
+OBSTACLES = {
+    "layer norm": (nn.LayerNorm(8), 4, "norm is a LayerNorm"),
+    "response norm": (nn.LocalResponseNorm(3, alpha=1e-4), 4, "uses several of them at once"),
+    "softmax": (nn.Softmax(1), 4, "softmax behind them uses several of them at once"),
+    "pixel shuffle": (nn.PixelShuffle(2), 1, "pixel_shuffle behind them counts on their number"),
+    "a weight computed from others": (
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
+        *(4, r"norm.* has a weight that is computed from others \(use remove_parametrizations"),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OBSTACLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_cannot_go_exactly_is_left_out_by_name_and_refused_to_be_removed(way, dtype):
+    norm, width, why = OBSTACLES[way]
     torch.manual_seed(0)
-    width = 1 if isinstance(norm, nn.PixelShuffle) else 4
     model = Net(
         lambda m, x: m.head(F.relu(m.b(m.norm(m.a(x))))),
         **{"a": conv(2, 4), "norm": norm, "b": conv(width, 5), "head": head(5)},
-    )
-    data = random_images()
-    with pytest.raises(TypeError, match=f"^a can't lose .*{why}.*keep=\\['a'\\]"):
-        group_scores(model, data)
-    with pytest.raises(TypeError, match=f"^a can't lose .*{why}"):
-        remove_groups(model, {"a": [1]}, data)
-    scores = group_scores(model, data, keep="a")
+    ).to(dtype)
+    data = random_images(dtype=dtype)
+    with pytest.warns(UserWarning, match=rf"^Left out, because they can't go: a \({why}"):
+        scores = filter_scores(model, data)
     assert list(scores) == ["b"]
-    remove_groups(model, select_filters(scores, 2), data)
+    with pytest.raises(TypeError, match=f"^a can't lose .*{why}"):
+        remove_filters(model, {"a": [1]}, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(filter_scores(model, data, keep="a")) == ["b"]
+    remove_filters(model, select_filters(scores, 2), data)
 
 
-def test_layers_that_share_a_weight_are_refused():
+def test_layers_that_share_a_weight_are_left_out():
     layers = {name: conv(4, 4) for name in "abc"}
     model = Net(
         lambda m, x: m.head(F.relu(m.c(F.relu(m.b(F.relu(m.a(m.first(x)))))))),
@@ -411,11 +446,10 @@ def test_layers_that_share_a_weight_are_refused():
     )
     model.c.weight = model.b.weight
     data = random_images()
-    with pytest.raises(TypeError, match=r"can't lose .*: [bc] shares a weight with another layer"):
-        group_scores(model, data)
-    scores = group_scores(model, data, keep=["a", "b", "c"])
+    with pytest.warns(UserWarning, match=r"a \([bc] shares a weight with another layer\)"):
+        scores = filter_scores(model, data)
     assert list(scores) == ["first"]
-    remove_groups(model, select_filters(scores, 2), data)
+    remove_filters(model, select_filters(scores, 2), data)
 
 
 @pytest.mark.parametrize(
@@ -433,28 +467,30 @@ def test_bad_filters_are_refused(filters, message):
     model = Residual(0)
     assert widths(model)["a.0"] == 3
     with pytest.raises(ValueError, match=message):
-        remove_groups(model, filters, random_images())
+        remove_filters(model, filters, random_images())
 
 
 def test_other_mistakes_are_refused():
     model, data = Residual(0), random_images()
-    with pytest.raises(ValueError, match=r"keep names b\.0, but the layers are stem.0"):
-        group_scores(model, data, keep="b.0")
+    with pytest.raises(ValueError, match=r"keep names b\.5, but the network has no such layer"):
+        filter_scores(model, data, keep="b.5")
     with pytest.raises(ValueError, match=r"can't take a batch of float64 \(2, 3, 8, 8\) images"):
-        group_scores(model, random_images(shape=(3, 8, 8)))
+        filter_scores(model, random_images(shape=(3, 8, 8)))
     with pytest.raises(TypeError, match=r"hand in the network inside, model\.module"):
-        group_scores(nn.DataParallel(model), data)
-    with pytest.raises(TypeError, match="Linear has no convolution"):
-        group_scores(nn.Linear(8, 3).double(), data)
+        filter_scores(nn.DataParallel(model), data)
+    with pytest.raises(TypeError, match=r"Residual isn't a Sequential .*hand in data too"):
+        remove_filters(model, {"c": [0]})
     without_gradient = Net(
         lambda m, x: m.head(F.relu(m.first(x)).detach()), first=conv(2, 4), head=head(4)
     )
-    with pytest.raises(TypeError, match="No gradient comes back from the outputs to first"):
-        group_scores(without_gradient, data)
+    with pytest.raises(TypeError, match=r"no filters .*first: no gradient comes back"):
+        filter_scores(without_gradient, data)
 
 
-def test_without_torch_pruning_the_install_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    module = runpy.run_path(groups.__file__)  # can be imported all the same
-    with pytest.raises(ImportError, match=r"pip install 'cnn-pruning\[graph\]'\.$"):
-        module["group_scores"](Residual(0), random_images())
+def test_keep_names_any_layer_of_a_group():
+    model, data = Residual(0), random_images()
+    for name in ("stem.0", "b.0", "b.1"):
+        assert list(filter_scores(model, data, keep=name)) == GROUPS[1:]
+    pruner = TaylorPruner(model, keep=["b.0", "across"])
+    pruner.score(data)
+    assert not pruner.select(3)["stem.0"] and not pruner.select(3)["d.0"]

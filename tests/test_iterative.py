@@ -18,7 +18,7 @@ from cnn_pruning import (
     mask_filters,
     remove_filters,
 )
-from cnn_pruning.data import batches
+from cnn_pruning.experiments.data import batches
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import count_macs, count_parameters
 from cnn_pruning.scores import normalize, select_filters
@@ -56,13 +56,13 @@ def test_without_updates_it_is_scoring_again_after_each_removal(seed):
     expected = net.model
     for step in prune_iteratively(net.model, data, data, filters=target, updates=0):
         scores = filter_scores(expected, data)
-        expected = remove_filters(expected, select_filters(normalize(scores), 1))
+        expected = remove_filters(expected, select_filters(normalize(scores), 1), data)
         assert_same(dict(step.model.state_dict()), dict(expected.state_dict()))
         for layer, filters in step.removed.items():
             removed[layer] += filters
         # Indices are the original network's: masking them there gives the same logits.
         images = data.tensors[0]
-        with torch.no_grad(), mask_filters(net.model, removed):
+        with torch.no_grad(), mask_filters(net.model, removed, images):
             torch.testing.assert_close(step.model(images), net.model(images))
 
 
@@ -178,8 +178,8 @@ def test_the_same_seed_gives_the_same_steps():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "Name one target"),
-        ({"filters": 3, "macs": 9}, "Name one target"),
+        ({}, "Name one budget"),
+        ({"filters": 3, "macs": 9}, "Name one budget"),
         ({"filters": 1}, "keeps at least 2"),
         ({"filters": 3, "min_filters": 2}, "keeps at least 4"),
         ({"macs": 10}, "keeps at least"),

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from cnn_pruning.groups import remove_groups
 from long_runs import (
     every_network,
     own_network,
@@ -18,9 +19,8 @@ from long_runs import (
 from torch.utils.data import TensorDataset
 
 from cnn_pruning import CNN, evaluate, fashion_mnist, filter_scores, select_filters
-from cnn_pruning.groups import remove_groups
+from cnn_pruning.experiments.paths import ROOT
 from cnn_pruning.measure import count_macs
-from cnn_pruning.paths import ROOT
 
 PROGRAMS = pytest.mark.parametrize(
     "program",

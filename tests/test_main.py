@@ -12,7 +12,7 @@ from stores import artifacts, dataset, named, no_figures, no_server, place, runs
 
 import cnn_pruning.__main__ as program
 from cnn_pruning import baseline, tracking
-from cnn_pruning.data import FashionMNIST
+from cnn_pruning.experiments.data import FashionMNIST
 
 SPLITS = dataset(200), dataset(50, seed=1), dataset(40, seed=2)
 SMALL = {

@@ -14,7 +14,7 @@ import torchinfo
 from saved_notebooks import cells, text
 
 from cnn_pruning import CNN
-from cnn_pruning.paths import ROOT
+from cnn_pruning.experiments.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
 NOTEBOOKS = [*saved_notebooks.NOTEBOOKS.values()]

@@ -12,7 +12,7 @@ import pytest
 from saved_notebooks import printed, tables
 from scipy.stats import t
 
-from cnn_pruning.paths import ROOT
+from cnn_pruning.experiments.paths import ROOT
 
 SEEDS = pd.read_csv(ROOT / "notebooks" / "long_runs" / "seeds.csv", comment="#")
 NUMBER = r"([-+]?\d+\.\d+)"

@@ -9,7 +9,7 @@ from long_runs import own_network, residual
 from saved_notebooks import prose
 from scipy.stats import t
 
-from cnn_pruning.paths import ROOT
+from cnn_pruning.experiments.paths import ROOT
 
 ENDS = {"weight, fine-tuned", "random, fine-tuned", "scratch, same epochs"}
 LEAST = min(residual.SHARES)

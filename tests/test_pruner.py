@@ -58,10 +58,10 @@ def test_removed_and_masked_networks_have_the_same_logits(seed):
     network = random_network(seed)
     model, images = network.model.eval(), images_for(network, seed)
     filters = random_filters(network, seed)
-    with mask_filters(model, filters):
+    with mask_filters(model, filters, images):
         masked = model(images)
     # float64: rounding only, from sums of fewer terms
-    torch.testing.assert_close(remove_filters(model, filters)(images), masked)
+    torch.testing.assert_close(remove_filters(model, filters, images)(images), masked)
 
 
 @PROPERTY
@@ -98,7 +98,7 @@ def test_removing_leaves_the_network_untouched_and_shares_nothing_with_it(seed):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = state_of(model)
-    small = remove_filters(model, random_filters(network, seed))
+    small = remove_filters(model, random_filters(network, seed), images_for(network))
     assert_same(state_of(model), before)
     assert all(p.grad is None for p in small.parameters())
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_removing_keeps_flags_dtype_and_the_order_of_what_stays(seed):
     for parameter in network.model.parameters():
         parameter.requires_grad = rng.random() < 0.5
     filters = random_filters(network, seed)
-    small = remove_filters(network.model, filters)
+    small = remove_filters(network.model, filters, images_for(network))
     assert [m.training for m in small.modules()] == [m.training for m in network.model.modules()]
     old = dict(network.model.named_parameters())
     assert list(old) == [name for name, _ in small.named_parameters()]
@@ -187,7 +187,7 @@ def test_a_removed_network_can_be_trained_and_pruned_again(seed):
     network = random_network(seed)
     data = random_data(network, size=4)
     images, labels = data.tensors
-    small = remove_filters(network.model, random_filters(network, seed)).eval()
+    small = remove_filters(network.model, random_filters(network, seed), images).eval()
     before = [p.clone() for p in small.parameters()]
     cross_entropy(small(images), labels).backward()
     torch.optim.SGD(small.parameters(), lr=0.1).step()
@@ -195,9 +195,9 @@ def test_a_removed_network_can_be_trained_and_pruned_again(seed):
     assert any(not torch.equal(p, q) for p, q in zip(small.parameters(), before, strict=True))
     widths = {name: len(v) for name, v in filter_scores(small, data).items()}
     again = {name: [0] for name, width in widths.items() if width > 1}
-    with mask_filters(small, again):
+    with mask_filters(small, again, images):
         masked = small(images)
-    torch.testing.assert_close(remove_filters(small, again)(images), masked)
+    torch.testing.assert_close(remove_filters(small, again, images)(images), masked)
 
 
 def test_nothing_to_remove_gives_an_equal_network():
@@ -216,23 +216,33 @@ def test_masked_feature_maps_are_zero_and_the_others_are_not_touched(seed):
     model, x = network.model.eval(), images_for(network, seed)
     filters = random_filters(network, seed)
     first, *_ = filters  # one layer at a time, so that later layers see what masking it does
-    maps = {}
-    for masked in ({}, {first: filters[first]}):
-        with mask_filters(model, masked), torch.no_grad():
-            y = x
-            for layer in network.layers[: network.feature_maps()[first] + 1]:
-                y = layer(y)
-        maps[bool(masked)] = y.reshape(len(y), model.get_submodule(first).out_channels, -1)
-    expected = maps[False].clone()
-    expected[:, filters[first]] = 0
-    assert_same(maps[True], expected)
+    end = network.feature_maps()[first] + 1
+    later = (i for i, layer in enumerate(network.layers) if i >= end)
+    taker = next(i for i in later if isinstance(network.layers[i], nn.Conv2d | nn.Linear))
+    expected = x
+    for layer in network.layers[:end]:
+        expected = layer(expected)
+    maps = expected.reshape(len(x), model.get_submodule(first).out_channels, -1).clone()
+    maps[:, filters[first]] = 0
+    expected = maps.reshape(expected.shape)
+    for layer in network.layers[end:taker]:
+        expected = layer(expected)
+    taken = []
+    with mask_filters(model, {first: filters[first]}, x), torch.no_grad():
+        look = network.layers[taker].register_forward_pre_hook(lambda _, z: taken.append(z[0]))
+        model(x)
+    look.remove()
+    assert_same(taken[0], expected.reshape(taken[0].shape))
 
 
 def test_the_mask_is_behind_the_activation():
     # sigmoid(0) is 0.5: zeroing what goes into it would not zero the feature map
-    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(12, 2))
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid(), nn.Conv2d(3, 3, 1), nn.Flatten())
+    model.append(nn.Linear(12, 2))
+    nn.init.dirac_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
     with mask_filters(model, {"0": [1]}):
-        feature_map = model[:2](torch.rand(2, 1, 2, 2))
+        feature_map = model[:3](torch.rand(2, 1, 2, 2))
     assert (feature_map[:, 1] == 0).all()
     assert (feature_map[:, [0, 2]] > 0).all()
 
@@ -254,12 +264,12 @@ def test_masks_compose_and_are_gone_after_their_block(seed):
     before, plain = state_of(model), model(images)
     one, other = random_filters(network, seed), random_filters(network, seed + 1)
     both = {name: sorted({*one[name], *other[name]}) for name in one}
-    with mask_filters(model, both):
+    with mask_filters(model, both, images):
         expected = model(images)
-    with mask_filters(model, one) as yielded:
+    with mask_filters(model, one, images) as yielded:
         assert yielded is model
         outer = model(images)
-        with mask_filters(model, other):
+        with mask_filters(model, other, images):
             assert_same(model(images), expected)
         assert_same(model(images), outer)
     assert_same(model(images), plain)
@@ -271,7 +281,7 @@ def test_masks_are_gone_after_an_exception():
     before = state_of(network.model)
     with (
         pytest.raises(ArithmeticError),
-        mask_filters(network.model, random_filters(network, 3)),
+        mask_filters(network.model, random_filters(network, 3), images_for(network)),
     ):
         raise ArithmeticError
     assert_same(state_of(network.model), before)
@@ -363,44 +373,57 @@ def used_twice(layer):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("model", "scored", "said"),
     [
-        (around(nn.Conv2d(4, 4, 3, padding=1, groups=2)), r"^2 is a grouped convolution"),
-        (around(nn.Sequential(Residual())), r"^add, in 2\.0"),
-        (around(nn.LayerNorm(6)), r"^2 is a LayerNorm"),
-        (around(nn.GroupNorm(2, 4)), r"^2 is a GroupNorm"),
-        (around(nn.ConvTranspose2d(4, 4, 3, padding=1)), r"^2 is a ConvTranspose2d"),
-        (around(nn.Softmax(1)), r"^2 is a Softmax"),
-        (around(nn.PReLU(4)), r"^2 is a PReLU"),
-        (used_twice(nn.Conv2d(4, 4, 3, padding=1)), r"^2 is used twice"),
-        (used_twice(nn.BatchNorm2d(4)), r"^2 is used twice"),
-        (around(nn.Flatten(1, 2), nn.Unflatten(1, (4, 6))), r"^2 is a Flatten"),
-        (around(nn.Flatten(2), nn.Unflatten(2, (6, 6))), r"^3 is a Unflatten"),
-        # It mixes the columns of an image and not its channels.
-        (around(nn.Linear(6, 6)), r"^2 "),
-        (around(Forked()), "can't be read as a chain"),
+        (around(nn.Conv2d(4, 4, 3, padding=1, groups=2)), {"0": 2, "2": 2}, ""),
+        (around(nn.Sequential(Residual())), {"0": 4}, ""),
+        (around(nn.LayerNorm(6)), {}, "0: 2 is a LayerNorm"),
+        (around(nn.GroupNorm(2, 4)), {"0": 2}, ""),
+        (around(nn.ConvTranspose2d(4, 4, 3, padding=1)), {"0": 4, "2": 4}, ""),
+        (around(nn.Softmax(1)), {}, "0: softmax behind them uses several of them at once"),
+        (around(nn.PReLU(4)), {"0": 4}, ""),
+        (used_twice(nn.Conv2d(4, 4, 3, padding=1)), {"0": 4}, ""),
+        (used_twice(nn.BatchNorm2d(4)), {"0": 4}, ""),
+        (around(nn.Flatten(1, 2), nn.Unflatten(1, (4, 6))), {}, "0: .*view"),
+        (around(nn.Flatten(2), nn.Unflatten(2, (6, 6))), {"0": 4}, ""),
+        (around(Forked()), {}, "depends on values that it computes"),
     ],
 )
-def test_a_network_that_is_no_chain_is_an_error_that_names_the_layer(model, message):
+def test_other_networks_are_read_from_images_and_cut_exactly_or_not(model, scored, said):
     data = TensorDataset(torch.rand(2, 1, 6, 6), torch.arange(2))
-    model(data.tensors[0])  # PyTorch has no objection
+    model.eval()(data.tensors[0])  # PyTorch has no objection
     before = state_of(model)
-    for use in (
-        lambda: TaylorPruner(model),
-        lambda: filter_scores(model, data),
-        lambda: remove_filters(model, {"0": [0]}),
-        lambda: mask_filters(model, {"0": [0]}).__enter__(),
-    ):
-        with pytest.raises(TypeError, match=message) as error:
-            use()
-        assert "Torch-Pruning" in str(error.value) or "(write" in str(error.value)
+    if said:
+        for use in (
+            lambda: filter_scores(model, data),
+            lambda: remove_filters(model, {"0": [0]}, data),
+            lambda: TaylorPruner(model).score(data),
+        ):
+            with pytest.raises(TypeError, match=said.replace("0: ", "")):
+                use()
+    else:
+        scores = filter_scores(model, data)
+        assert {name: len(values) for name, values in scores.items()} == scored
+        gone = {name: [0] for name in scores}
+        with mask_filters(model, gone, data):
+            masked = model(data.tensors[0])
+        torch.testing.assert_close(remove_filters(model, gone, data)(data.tensors[0]), masked)
     assert_same(state_of(model), before)
 
 
-def test_a_layer_whose_size_does_not_go_with_the_filters_is_no_chain():
+def test_a_linear_layer_across_an_image_mixes_its_columns_and_not_its_channels():
+    model = around(nn.Linear(6, 6)).eval()
+    data = TensorDataset(torch.rand(2, 1, 6, 6), torch.arange(2))
+    with pytest.raises(TypeError, match="no filters that could go"):
+        filter_scores(model, data)
+
+
+def test_a_layer_whose_size_does_not_go_with_the_filters_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(145, 3))
-    with pytest.raises(TypeError, match=r"^2 takes 145 values for the 4 filters of 0"):
-        TaylorPruner(model)
+    with pytest.raises(TypeError, match=r"2 takes 145 values of 4 filters"):
+        remove_filters(model, {"0": [1]})
+    with pytest.raises(ValueError, match="The network can't take a batch"):
+        filter_scores(model, TensorDataset(torch.rand(2, 1, 6, 6), torch.arange(2)))
 
 
 def test_the_new_network_has_none_of_the_gradients_of_the_old():
@@ -604,7 +627,10 @@ def test_pruning_removes_what_was_selected_and_leaves_the_network_untouched(seed
     scores = copy.deepcopy(pruner.score(random_data(network)))
     n = sum(len(values) - 1 for values in scores.values()) // 2
     small = pruner.prune(n)
-    assert_same(small.state_dict(), remove_filters(network.model, pruner.select(n)).state_dict())
+    assert_same(
+        small.state_dict(),
+        remove_filters(network.model, pruner.select(n), images_for(network)).state_dict(),
+    )
     widths = [small.get_submodule(name).out_channels for name in scores]
     assert sum(map(len, scores.values())) - sum(widths) == n
     assert_same(pruner.scores, scores)

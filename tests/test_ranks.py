@@ -15,10 +15,11 @@ from stores import runs
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit, ranks
+from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit
 from cnn_pruning.criteria import CRITERIA
+from cnn_pruning.experiments import ranks
+from cnn_pruning.experiments.ranks import divide, pool
 from cnn_pruning.iterative import prune_iteratively
-from cnn_pruning.ranks import divide, pool
 
 CLASSES = 3
 
@@ -129,9 +130,7 @@ def at_random(network, scores):
 
 
 def group_scores(data):
-    from cnn_pruning.groups import group_scores
-
-    return group_scores(residual(), data, batch_size=4)
+    return filter_scores(residual(), data, batch_size=4)
 
 
 def results(of):

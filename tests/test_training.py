@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning import evaluate, fit
-from cnn_pruning.data import batches
-from cnn_pruning.training import mixed_precision
+from cnn_pruning.experiments.data import batches
+from cnn_pruning.experiments.training import mixed_precision
 
 
 def network(seed=0):

@@ -18,8 +18,8 @@ from cnn_pruning import (
     select_filters,
 )
 from cnn_pruning.baseline import baseline
+from cnn_pruning.experiments.paths import ROOT
 from cnn_pruning.measure import count_parameters
-from cnn_pruning.paths import ROOT
 from cnn_pruning.plots import LAYERS, REMOVED, bare_image, headline, subplots, use_style
 
 import torch

@@ -12,13 +12,13 @@ import copy
 import itertools
 
 from cnn_pruning import evaluate, fashion_mnist, fit, normalize, select_filters
-from cnn_pruning.data import batches
-from cnn_pruning.groups import group_scores, remove_groups
+from cnn_pruning.experiments.data import batches
 from cnn_pruning.measure import count_macs
 from cnn_pruning.scores import Scores
 
 import torch
 import torch_pruning
+from cnn_pruning.groups import group_scores, remove_groups
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset

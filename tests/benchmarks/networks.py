@@ -21,6 +21,7 @@ from pathlib import Path
 import measuring
 import torch
 import torchvision
+from cnn_pruning.groups import group_scores, mask_groups, remove_groups
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -34,7 +35,6 @@ from cnn_pruning import (
     remove_filters,
     select_filters,
 )
-from cnn_pruning.groups import group_scores, mask_groups, remove_groups
 from cnn_pruning.measure import count_parameters
 
 CLASSES = 10

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
 
-from cnn_pruning.paths import ROOT
+from cnn_pruning.experiments.paths import ROOT
 
 BATCH_SIZE = 32
 REMOVED = 7

@@ -30,7 +30,7 @@ from torch.optim import Adam
 from torch.utils.data import Subset, TensorDataset
 
 from cnn_pruning import CNN, evaluate, fashion_mnist, filter_scores, fit, remove_filters
-from cnn_pruning.data import batches
+from cnn_pruning.experiments.data import batches
 from cnn_pruning.measure import latency
 from cnn_pruning.oracle import oracle
 

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from cnn_pruning.experiments.data import CLASSES
+from cnn_pruning.experiments.model import CNN
+from cnn_pruning.plots import filter_card
+
 import ipywidgets
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-from cnn_pruning.data import CLASSES
-from cnn_pruning.model import CNN
-from cnn_pruning.plots import filter_card
 
 Kept = dict[str, list[int]]
 """The filters that stay, by name of convolution."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from cnn_pruning.ranks import is_first
+from cnn_pruning.experiments.ranks import is_first
 
 
 @contextmanager

@@ -1,10 +1,6 @@
-"""The ground floor: one pass of a batch through a network, and checks of what is handed in."""
+"""One pass of a batch through a network: its mode, its device, its loss, its errors."""
 
 import copy
-import inspect
-import numbers
-import operator
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -12,13 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
 
-Cost = Callable[[Tensor, Tensor], Tensor]
+from cnn_pruning.network.checks import check_function, check_module, first_line
+
+Inputs = Tensor | tuple[Tensor, ...] | list[Tensor]
+"""What a network takes for N examples: images (N, ...), or several tensors, one argument each."""
+
+Cost = Callable[[object, object], Tensor]
 """(outputs, labels) of a batch to what each of its N examples costs, (N,)."""
 
 
-class NoGradientError(TypeError):
-    """A layer whose filters have no gradient, because ``forward`` switches gradients off."""
+class UnreadableError(TypeError):
+    """What a network does in its ``forward`` that can't be read, or scored."""
 
 
 @contextmanager
@@ -40,11 +42,10 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
+def copy_of(model: nn.Module) -> nn.Module:
     """Return a deep copy of ``model``, which can be trained even where gradients are off.
 
-    What its ``forward`` keeps of an earlier pass is copied without its history. With
-    ``share_parameters`` the copy has the parameters themselves.
+    What its ``forward`` keeps of an earlier pass is copied without its history.
 
     Raises ``TypeError`` if the network holds something that can't be copied.
     """
@@ -55,8 +56,6 @@ def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
             for value in vars(module).values()
             if isinstance(value, Tensor) and not value.is_leaf
         }
-    if share_parameters:
-        memo |= {id(parameter): parameter for parameter in model.parameters()}
     try:
         with torch.inference_mode(False):
             return copy.deepcopy(model, memo)
@@ -65,12 +64,6 @@ def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
             f"The network can't be copied ({first_line(error)}): take out of it what isn't a "
             "layer or a tensor."
         ) from error
-
-
-def check_module(model: nn.Module) -> None:
-    """Raise ``TypeError`` unless ``model`` is an ``nn.Module``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"The model must be an nn.Module, but it is a {type(model).__name__}.")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -84,48 +77,30 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def outputs_of(
-    model: nn.Module, images: Tensor, forward: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Return what ``model``, or ``forward`` in its place, puts out for a batch of images.
+def size_of(batch: object) -> int:
+    """Return how many examples there are in a batch: the length of its first tensor."""
+    return next(len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim())
+
+
+def outputs_of(model: nn.Module, inputs: Inputs) -> object:
+    """Return what ``model`` puts out for a batch.
 
     Raises ``ValueError`` if the network fails on it, with the reason in one sentence.
     """
     try:
-        return (forward or model)(images)
-    except (torch.OutOfMemoryError, NoGradientError):
+        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    except (torch.OutOfMemoryError, UnreadableError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         if isinstance(model, nn.parallel.DistributedDataParallel):  # other ranks may be the reason
             raise
-        kind = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
+        kinds = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in tree_leaves(inputs))
         weights = next((str(p.dtype) for p in model.parameters()), "").removeprefix("torch.")
         raise ValueError(
-            f"The network can't take a batch of {kind} images ({first_line(error)}): check their "
-            f"shape, (N, channels, height, width), and their dtype; its weights are {weights}."
+            f"The network can't take a batch of {kinds.replace('torch.', '')} images "
+            f"({first_line(error)}): check their shape, (N, channels, height, width), and their "
+            f"dtype; its weights are {weights}."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:")[:200]
-
-
-def shown(value: object) -> str:
-    """``value`` as it is shown in an error: on one line, and not too long."""
-    return textwrap.shorten(repr(value), 100, placeholder=" ...")
-
-
-def check_function(name: str, value: object, *arguments: str) -> None:
-    """Raise ``TypeError`` unless ``value`` can be called with as many ``arguments``."""
-    try:
-        inspect.signature(value).bind(*arguments)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a function of ({', '.join(arguments)}), but it is {shown(value)}."
-        ) from None
-    except ValueError:  # written in C, and doesn't say what it takes
-        pass
 
 
 def call(name: str, function: Callable, *arguments: object) -> object:
@@ -148,6 +123,11 @@ def differentiable(loss: Tensor) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if "checkpoint" in str(error):
+            raise TypeError(
+                "The network uses gradient checkpointing, which computes its maps twice: switch "
+                "that off while you score."
+            ) from error
         raise TypeError(
             f"PyTorch can't differentiate the network ({first_line(error)}): use layers that have "
             "a derivative, and inplace=False behind one that needs what it put out."
@@ -166,10 +146,10 @@ def summed_loss(outputs: Tensor, labels: Tensor, cost: Cost | None = None) -> Te
     if cost is not None:
         check_function("The cost", cost, "outputs", "labels")
         each = call("The cost", cost, outputs, labels)
-        shape = tuple(getattr(each, "shape", ()))
-        if not isinstance(each, Tensor) or shape != (len(labels),):
+        shape, count = tuple(getattr(each, "shape", ())), size_of((labels, outputs))
+        if not isinstance(each, Tensor) or shape != (count,):
             raise ValueError(
-                f"The cost must return a tensor ({len(labels)},), one number for each example, but "
+                f"The cost must return a tensor ({count},), one number for each example, but "
                 f"it returned a {type(each).__name__} {shape}."
             )
         return each.sum()
@@ -190,7 +170,8 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"The network must return logits, a tensor (N, classes), but it returned a "
-            f"{type(outputs).__name__}: hand in a network that returns the logits alone."
+            f"{type(outputs).__name__}: hand in a network that returns the logits alone, or give a "
+            "cost of your own."
         )
     if outputs.dim() != 2:
         raise ValueError(
@@ -218,53 +199,35 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
 
 
 def on_device(values: object, device: torch.device) -> object:
-    """``values`` on ``device``, and free of inference mode; what isn't a tensor stays as it is."""
-    if not isinstance(values, Tensor):
-        return values
-    with torch.inference_mode(False):  # where a copy is free of it
-        return values.clone().to(device) if values.is_inference() else values.to(device)
+    """``values`` with all tensors on ``device``, and free of inference mode."""
+
+    def moved(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        with torch.inference_mode(False):  # where a copy is free of it
+            return value.clone().to(device) if value.is_inference() else value.to(device)
+
+    return tree_map(moved, values)
 
 
 def pieces(
     loader: Iterable, device: torch.device, most: Callable[[], int] = lambda: 128
-) -> Iterator[tuple[Tensor, object]]:
+) -> Iterator[tuple[Inputs, object]]:
     """Yield the mini-batches of ``loader`` on ``device``; on a CPU, ``most()`` images at a time.
 
     For passes whose result doesn't depend on the batch. What lies between two layers then stays in
-    the cache, and the memory doesn't grow with the batch. Labels that aren't a tensor stay whole,
-    for the caller to refuse.
+    the cache, and the memory doesn't grow with the batch. Labels with other than tensors in them
+    stay whole, for the caller to refuse.
     """
     for images, labels in loader:
         images, labels = on_device(images, device), on_device(labels, device)
-        whole = device.type != "cpu" or not isinstance(labels, Tensor)
-        while len(images):
-            size = len(images) if whole else most()
-            yield images[:size], labels if whole else labels[:size]
-            images, labels = images[size:], labels if whole else labels[size:]
-
-
-def index(value: object) -> int:
-    """Return ``value`` as an integer, numpy's too; a boolean or 3.0 is a ``TypeError``."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-        raise TypeError(f"{value!r} is a boolean.")
-    return operator.index(value)
-
-
-def integer(name: str, value: object, lowest: int, highest: int = 2**63 - 1) -> int:
-    """Return ``value`` as an integer of this range; else a ``ValueError`` with ``name``."""
-    try:
-        number = index(value)
-        if lowest <= number <= highest:
-            return number
-    except (TypeError, ValueError):
-        pass
-    kind = "a positive integer" if lowest == 1 else f"an integer of {lowest} or more"
-    most = f" (at most {highest})" if isinstance(value, int) and value > highest else ""
-    raise ValueError(f"{name} must be {kind}{most}, but it is {shown(value)}.")
-
-
-def positive(name: str, value: object) -> float:
-    """Return ``value`` as a number above 0 that float32 can hold; else a ``ValueError``."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < 1e38:
-        return float(value)
-    raise ValueError(f"{name} must be a positive number below 1e38, but it is {shown(value)}.")
+        count = size_of(images)
+        values = tree_leaves((images, labels))
+        whole = device.type != "cpu" or not all(
+            isinstance(value, Tensor) and value.dim() and len(value) == count for value in values
+        )
+        start = 0
+        while start < count:
+            part = slice(start, count if whole else start + most())
+            start = part.stop
+            yield (images, labels) if whole else tree_map(lambda x, p=part: x[p], (images, labels))

@@ -22,9 +22,10 @@ from torch.utils.data import (
 )
 from torchvision.datasets import FashionMNIST
 
-from cnn_pruning.passes import integer, shown
-from cnn_pruning.paths import ROOT, locked_folder
-from cnn_pruning.ranks import Shared, own
+from cnn_pruning.experiments.paths import ROOT, locked_folder
+from cnn_pruning.experiments.ranks import Shared, own
+from cnn_pruning.network.checks import integer, shown
+from cnn_pruning.network.passes import Inputs
 
 CLASSES = tuple(FashionMNIST.classes)
 VALIDATION_SIZE = 5_000
@@ -86,7 +87,8 @@ def batches(
 ) -> DataLoader:
     """Return a loader of (images, labels) mini-batches, shuffled if a ``generator`` is given.
 
-    ``dataset`` is any dataset of (image, label) with a length; a ``TensorDataset`` is fetched a
+    ``dataset`` is any dataset of (image, label) with a length, or of ((image, vector), label) for a
+    network of several inputs; a ``TensorDataset`` is fetched a
     whole batch at a time, which is much faster. The last batch may be smaller. For a ``Shared``
     one the loader has what this rank reads: in training, at least one image of each mini-batch.
 
@@ -164,10 +166,13 @@ def epoch(
         yield images, labels, size / ranks if rank < size else math.inf
 
 
-def image_shape(dataset: Dataset) -> tuple[int, ...]:
-    """Return the shape of the images of ``dataset``. Raises as ``batches`` does."""
-    images, _ = next(iter(batches(own(dataset), 1)))
-    return tuple(images.shape[1:])
+def few_images(data: Dataset | Inputs, count: int = 2) -> Inputs:
+    """Return the first images of a dataset, or of a batch of images. Raises as ``batches`` does."""
+    if isinstance(data, Tensor) and data.dim() > 1:
+        return data[:count]
+    if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
+        return [x[:count] for x in data]
+    return next(iter(batches(own(data), count)))[0]
 
 
 def _collate(items: list) -> list:
@@ -186,8 +191,9 @@ def _check_item(item: object) -> None:
     """Raise ``TypeError`` unless ``item`` is (image, label), with the image as a tensor."""
     found = f"a {type(item).__name__}"
     if isinstance(item, tuple | list):
-        if len(item) == 2 and hasattr(item[0], "dtype"):
-            if not isinstance(item[1], str | bytes):
+        if len(item) == 2 and not isinstance(item[1], str | bytes):
+            inputs = item[0] if isinstance(item[0], tuple | list) else [item[0]]
+            if inputs and all(hasattr(x, "dtype") for x in inputs):
                 return
         found = f"({', '.join(type(part).__name__ for part in item)})"
     raise TypeError(

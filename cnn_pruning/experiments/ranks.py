@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from cnn_pruning.passes import first_line
+from cnn_pruning.network.checks import first_line
 
 PATIENCE = 60  # seconds that a rank waits for the others without a word
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cnn_pruning.passes import integer, shown
+from cnn_pruning.network.checks import integer, shown
 
 
 class CNN(nn.Module):

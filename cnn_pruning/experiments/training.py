@@ -11,31 +11,43 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from cnn_pruning.data import batches, epoch
-from cnn_pruning.model import CNN
-from cnn_pruning.passes import (
-    check_function,
+from cnn_pruning.experiments.data import batches, epoch
+from cnn_pruning.experiments.model import CNN
+from cnn_pruning.experiments.progress import progress
+from cnn_pruning.experiments.ranks import (
+    Shared,
+    in_parallel,
+    make_same,
+    meeting,
+    own,
+    seed_of_rank,
+    summed,
+)
+from cnn_pruning.network.checks import check_function, integer, positive
+from cnn_pruning.network.passes import (
+    Cost,
     copy_of,
     device_of,
     differentiable,
     evaluation,
-    integer,
     on_device,
     outputs_of,
     pieces,
-    positive,
     summed_loss,
     training_flags,
 )
-from cnn_pruning.progress import progress
-from cnn_pruning.ranks import Shared, in_parallel, make_same, meeting, own, seed_of_rank, summed
 
 Row = dict[str, int | float]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, data: Dataset, batch_size: int = 128, cost: Cost | None = None
+) -> tuple[float, float]:
     """Return the mean cross-entropy (nats) and the accuracy (a fraction) of ``model`` on ``data``.
+
+    With ``cost``, as in ``filter_scores``, the first is its mean, and the accuracy is NaN unless
+    outputs and labels are those of a classifier.
 
     The model is in evaluation mode meanwhile, and its training flags are as before afterwards.
     Several ranks evaluate together if ``data`` come from ``ranks.divide`` or ``ranks.pool``.
@@ -48,11 +60,19 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int = 128) -> tuple[fl
     loader = batches(data, batch_size)
     with evaluation(model):
         for images, labels in pieces(loader, device):
-            logits = outputs_of(model, images)
-            loss += summed_loss(logits, labels).item()
-            correct += (logits.argmax(1) == labels).sum().item()
+            outputs = outputs_of(model, images)
+            loss += summed_loss(outputs, labels, cost).item()
+            correct += _correct(outputs, labels)
     sums = summed(data, model, {"loss": loss, "correct": correct})
     return sums["loss"] / len(data), sums["correct"] / len(data)
+
+
+def _correct(outputs: object, labels: object) -> float:
+    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
+        return math.nan
+    if outputs.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
+        return math.nan
+    return (outputs.argmax(1) == labels).sum().item()
 
 
 def fit(
@@ -64,8 +84,9 @@ def fit(
     lr: float = 3e-3,
     seed: int = 0,
     on_epoch: Callable[[Row], None] | None = None,
+    cost: Cost | None = None,
 ) -> list[Row]:
-    """Train ``model`` in place with Adam and cross-entropy; return one row an epoch.
+    """Train ``model`` in place with Adam and cross-entropy, or ``cost``; return one row an epoch.
 
     The learning rate falls linearly, update by update, from ``lr`` to a hundredth of it.
 
@@ -96,7 +117,7 @@ def fit(
         check_function("on_epoch", on_epoch, "row")
     batch_size = integer("batch_size", batch_size, 1)
     loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
-    evaluate(model, val)  # raises, if it must, before the model changes
+    evaluate(model, val, cost=cost)  # raises, if it must, before the model changes
     check_trainable(model, train, batch_size)
     precision = mixed_precision(model, train)
     optimizer = torch.optim.Adam(model.parameters(), lr)
@@ -114,12 +135,12 @@ def fit(
             for number in range(1, epochs + 1):
                 total = 0.0
                 for images, labels, divisor in epoch(loader, train, batch_size):
-                    total += update(network, optimizer, images, labels, divisor, precision)
+                    total += update(network, optimizer, images, labels, divisor, precision, cost)
                     schedule.step()
                     advance()
                 make_same(model, train)
                 train_loss = summed(train, model, {"loss": float(total)})["loss"] / len(train)
-                val_loss, val_accuracy = evaluate(model, val)
+                val_loss, val_accuracy = evaluate(model, val, cost=cost)
                 if not math.isfinite(train_loss + val_loss):
                     raise FloatingPointError(
                         f"The loss is {train_loss} in training and {val_loss} in validation in "
@@ -147,6 +168,7 @@ def update(
     labels: Tensor,
     divisor: float,
     precision: torch.autocast,
+    cost: Cost | None = None,
 ) -> Tensor:
     """Make one step of ``optimizer`` on a mini-batch; return its summed loss, a scalar.
 
@@ -159,8 +181,8 @@ def update(
     parallel = isinstance(model, DistributedDataParallel)
     with meeting() if parallel else nullcontext():
         with precision:
-            logits = outputs_of(model, images)
-        loss = summed_loss(logits, labels)
+            outputs = outputs_of(model, images)
+        loss = summed_loss(outputs, labels, cost)
         with nullcontext() if parallel else differentiable(loss):
             (loss / divisor).backward()
     optimizer.step()
@@ -208,7 +230,7 @@ def mixed_precision(model: nn.Module, train: Dataset | None = None) -> torch.aut
         images, _ = next(iter(batches(own(train), 2)))
         with torch.random.fork_rng([]), torch.no_grad(), evaluation(model), block:
             try:
-                model(images)
+                outputs_of(model, images)
             except Exception:  # as of index_add, which takes no bfloat16 beside float32
                 return torch.autocast("cpu", torch.bfloat16, enabled=False)
     return block
@@ -247,7 +269,7 @@ def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:
         with torch.random.fork_rng([]), torch.no_grad():
             images, _ = next(iter(batches(own(train), 1)))
             try:
-                trial(images.to(device_of(model)))
+                outputs_of(trial, on_device(images, device_of(model)))
             except ValueError as error:
                 raise ValueError(
                     f"{len(train)} images in mini-batches of {batch_size} leave one of a single "

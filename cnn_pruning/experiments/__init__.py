@@ -1,0 +1,1 @@
+"""What experiments need: data, training, and several processes that work together."""

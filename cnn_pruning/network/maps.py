@@ -1,0 +1,232 @@
+"""The feature maps of a network's groups, seen and changed where a layer takes them.
+
+A group's filter is gone when every layer that mixes channels takes zeros in place of its maps. So
+the gate of Eq. 2 stands at each of these inputs, and nowhere else. Then no path meets the gate
+twice, as it would with gates on z and ReLU(z), or on x and x + f(x): between two gates there is
+always a layer that mixes channels. And no batch norm stands between a closed gate and the layer
+that takes the map, so that zero stays zero.
+
+A map is what was there before any pooling or flattening on the way to that layer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cnn_pruning.network.description import Filters, Network, Part, by_filter
+from cnn_pruning.network.passes import UnreadableError
+
+Maps = dict[str, tuple[Tensor, Tensor | None]]
+"""(z, dC/dz) by name of group, both (N, K, M), for K filters with M values each."""
+
+# They keep channels apart, and a map of zeros a map of zeros.
+POOLING = {
+    *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in "123"),
+    *("interpolate", "pad", "flatten", "reshape", "view", "mean", "amax", "squeeze", "__getitem__"),
+    *("clone", "contiguous", "dropout", "dropout1d", "dropout2d", "dropout3d"),
+}
+
+
+@dataclass
+class Seen:
+    """One map as layers take it, its channels along ``axis``, and which each group has in it."""
+
+    z: Tensor
+    axis: int
+    parts: dict[str, Part]
+
+
+Act = Callable[[Seen], Tensor | None]
+"""What to do with a map; what it returns takes the map's place."""
+
+
+def side_by_side(
+    network: Network, found: list[Seen], gradients: Sequence[Tensor | None], examples: int
+) -> Maps:
+    """All maps of each group, and their gradients, as (N, K, M), without their history.
+
+    Raises ``TypeError`` unless each group was seen, with one map for each example.
+    """
+    rows: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in network.groups}
+    for seen, slope in zip(found, gradients, strict=True):
+        for name, part in seen.parts.items():
+            if len(seen.z) != examples:
+                raise TypeError(
+                    f"{name} puts out {len(seen.z)} feature maps for {examples} examples: hand in "
+                    "data of one image for each example."
+                )
+            for row, values in zip(rows[name], (seen.z.detach(), slope), strict=True):
+                if values is not None:
+                    values = values.movedim(seen.axis, 1)
+                    row.append(by_filter(values, part, network.groups[name].filters))
+    lost = ", ".join(name for name, (maps, _) in rows.items() if not maps)
+    if lost:
+        raise TypeError(
+            f"The feature maps of {lost} were not seen in a forward pass: remove hooks that "
+            "replace what a layer puts out."
+        )
+    return {name: tuple(map(_joined, row)) for name, row in rows.items()}
+
+
+def with_gradient(seen: Seen) -> tuple[Tensor, Tensor | None]:
+    """Return a feature map that has a gradient, and what has to take its place in the network.
+
+    Where all that lies before it is frozen, it has none of its own. Raises ``UnreadableError`` if
+    the network's own ``forward`` switches gradients off there.
+    """
+    if not torch.is_grad_enabled():
+        raise UnreadableError(
+            f"{', '.join(seen.parts)} runs under torch.no_grad() in the network's forward, or in "
+            "gradient checkpointing with use_reentrant=True, so its filters have no gradient: "
+            "freeze it by requires_grad_(False) instead, and switch checkpointing off."
+        )
+    if seen.z.requires_grad:
+        return seen.z, None
+    leaf = seen.z.detach().requires_grad_()
+    return leaf, leaf.clone()  # a layer behind it may work in place, which a leaf can't take
+
+
+def zero(filters: Filters) -> Act:
+    """Return what forces the maps of ``filters`` to zero."""
+
+    def act(seen: Seen) -> Tensor | None:
+        gone = [
+            part.channels[torch.isin(part.owners, torch.tensor(filters[name]))]
+            for name, part in seen.parts.items()
+            if filters.get(name)
+        ]
+        return seen.z.index_fill(seen.axis, torch.cat(gone).to(seen.z.device), 0) if gone else None
+
+    return act
+
+
+@contextmanager
+def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
+    """Call ``act`` with each map in every forward pass, once for all layers that take it.
+
+    A network that was compiled runs uncompiled meanwhile: compiled, it has no place to look.
+    """
+    model = network.model
+    takers: dict[str, dict[str, Part]] = {}
+    for name, group in network.groups.items():
+        for part in group.side("in"):
+            takers.setdefault(part.name, {})[name] = part
+    forks: dict[int, tuple[Tensor, int, Tensor]] = {}  # of one pass
+
+    def clear(module: nn.Module, *_: object) -> None:
+        if module is model:
+            forks.clear()
+
+    clear.of_pruning = True
+    with ExitStack() as stack:
+        if any(module._compiled_call_impl for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        handles = [
+            model.register_forward_pre_hook(clear),
+            model.register_forward_hook(clear, always_call=True),
+        ]
+        for layer, parts in takers.items():
+            taker = model.get_submodule(layer)
+            handles.append(taker.register_forward_pre_hook(_looks(taker, parts, act, forks)))
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield stack.enter_context(_Pooling())
+
+
+def _looks(taker: nn.Module, parts: dict[str, Part], act: Act, forks: dict) -> Callable:
+    """What happens where ``taker`` takes a map: ``act`` sees it as it was before any pooling."""
+
+    def hook(layer: nn.Module, inputs: tuple) -> tuple | None:
+        if layer is not taker:  # a copy that was made meanwhile
+            return None
+        x, *rest = inputs
+        tokens = isinstance(taker, nn.Linear) and x.dim() > 2
+        z, steps = (x, ()) if tokens else _before_pooling(x)
+        axis = x.dim() - 1 if tokens else 1
+        here, version, fork = forks.get(id(z), (None, 0, z))
+        if here is not z or version != _version(z):
+            # A view, so that its gradient is the part that comes back through these layers alone.
+            seen = Seen(z.view_as(z), axis, _of_maps(parts, x.shape[axis] // z.shape[axis]))
+            fork = act(seen)
+            fork = seen.z if fork is None else fork
+            forks[id(z)] = z, _version(z), fork
+        for function, args, kwargs in steps:
+            fork = function(fork, *args, **kwargs)
+        return fork, *rest
+
+    hook.of_pruning = True
+    return hook
+
+
+def _of_maps(parts: dict[str, Part], columns: int) -> dict[str, Part]:
+    """The parts in channels of the map, where a layer takes ``columns`` values of each."""
+    if columns == 1:
+        return parts
+    found = {}
+    for name, part in parts.items():
+        first = part.channels % columns == 0
+        channels, owners = part.channels[first] // columns, part.owners[first]
+        found[name] = Part(part.name, part.side, channels, owners)
+    return found
+
+
+class _Pooling(TorchFunctionMode):
+    """Notes on every tensor that pooling or flattening made what it was made of, and how."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in POOLING and args and isinstance(output, Tensor) and output is not args[0]:
+            source = args[0]
+            if _keeps_channels(name, source, output, args[1:], kwargs):
+                z, steps = _before_pooling(source)
+                output._pooled = (
+                    z,
+                    _version(z),
+                    _version(output),
+                    (
+                        *steps,
+                        (function, args[1:], kwargs),
+                    ),
+                )
+        return output
+
+
+def _before_pooling(x: Tensor) -> tuple[Tensor, tuple]:
+    """The map that ``x`` was made of, and how, unless one of them was changed since."""
+    z, *versions, steps = getattr(x, "_pooled", (x, None, None, ()))
+    same = versions == [_version(z), _version(x)]
+    return (z, steps) if same else (x, ())
+
+
+def _keeps_channels(name: str, source: Tensor, output: Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether channel c of ``source`` is channel c, or block c of a row, in ``output``."""
+    if source.dim() < 2 or output.dim() < 2 or len(source) != len(output) or output.is_inference():
+        return False
+    if name.startswith("dropout"):
+        return not kwargs.get("training", True)
+    if name == "pad":
+        return output.shape[:2] == source.shape[:2] and not kwargs.get("value")
+    if name in ("mean", "amax", "squeeze"):
+        places = kwargs.get("dim", args[0] if args else None)
+        places = places if isinstance(places, tuple | list) else (places,)
+        return all(type(place) is int and place % source.dim() > 1 for place in places)
+    if name == "__getitem__":
+        key = args[0] if isinstance(args[0], tuple) else (args[0],)
+        all_channels = key[0] is ... or key[:2] == (slice(None), slice(None))
+        return all_channels and output.shape[:2] == source.shape[:2]
+    row = output.dim() == 2 and output.shape[1] == source[0].numel()
+    return output.shape[1] == source.shape[1] or (row and name in ("flatten", "reshape", "view"))
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _joined(values: list[Tensor]) -> Tensor | None:
+    return torch.cat(values, 2) if len(values) > 1 else next(iter(values), None)

@@ -1,0 +1,142 @@
+"""A network that is a sequence of layers, read from its modules: no image is needed.
+
+A convolution's filters go with what comes up to the next convolution or linear layer: the values
+that batch norms hold for its channels, and the next layer's weights for them.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, Group, Network, Part
+
+
+def _layers(names: str) -> tuple[type[nn.Module], ...]:
+    return tuple(getattr(nn, name) for name in names.split())
+
+
+# They work on each value alone.
+ACTIVATIONS = _layers(
+    """Identity Dropout CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU
+    LogSigmoid Mish PReLU ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink
+    Threshold"""
+)
+# They keep channels apart, and a map of zeros a map of zeros.
+POOLING = _layers(
+    """AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d
+    AdaptiveMaxPool3d AvgPool1d AvgPool2d AvgPool3d MaxPool1d MaxPool2d MaxPool3d
+    CircularPad2d ReflectionPad2d ReplicationPad2d ZeroPad2d Dropout1d Dropout2d Dropout3d
+    Upsample UpsamplingBilinear2d UpsamplingNearest2d"""
+)
+ENDS = (nn.Softmax, nn.LogSoftmax)
+
+
+class UnknownLayer(TypeError):
+    """What stands in the way of reading a network from its modules alone."""
+
+
+def read_sequential(model: nn.Module) -> Network:
+    """Return the groups of ``model``: each convolution or linear layer but the last is one.
+
+    Raises ``UnknownLayer`` where the rules of this file don't say what a layer does.
+    """
+    layers = list(_in_order(model))
+    groups: dict[str, Group] = {}
+    conv, parts, rows = None, [], False  # the layer that is open, and what goes with it
+    used: set[int] = set()
+    softmax = None
+    for position, (name, layer) in enumerate(layers):
+        _check_known(name, layer, last=position == len(layers) - 1)
+        tensors = {id(value) for value in (*layer.parameters(), *layer.buffers())}
+        if tensors & used:
+            raise UnknownLayer(f"{name} is used twice, or shares a weight")
+        used |= tensors
+        if isinstance(layer, BATCH_NORM) and conv:
+            parts.append(_part(name, "out", layer.num_features, conv[1]))
+        elif isinstance(layer, nn.Flatten):
+            rows = True
+        elif (isinstance(layer, nn.Linear) and not rows) or (
+            isinstance(layer, (CONV, *POOLING)) and rows
+        ):
+            kind = "rows" if rows else "maps"
+            raise UnknownLayer(f"{name} is a {type(layer).__name__} that takes {kind}")
+        elif isinstance(layer, CONV | nn.Linear) and conv:
+            size = layer.in_features if rows else layer.in_channels
+            parts.append(_part(name, "in", size, conv[1]))
+            groups[conv[0]] = Group(conv[1], tuple(parts))
+        if isinstance(layer, CONV | nn.Linear):
+            rows = isinstance(layer, nn.Linear)
+            width = layer.out_features if rows else layer.out_channels
+            conv, parts = (name, width), [_part(name, "out", width, width)]
+        softmax = name if isinstance(layer, nn.Softmax) else softmax
+    if not any(isinstance(layer, CONV) for _, layer in layers):
+        raise UnknownLayer("there is no convolution")
+    left_out = {conv[0]: IN_OUTPUTS} if conv else {}
+    return Network(model, groups, left_out, softmax)
+
+
+def _in_order(module: nn.Module, name: str = ""):
+    """Yield (name, layer) in the order of use, from sequences inside sequences."""
+    if type(module).forward is nn.Sequential.forward:
+        for child, layer in module.named_children():
+            yield from _in_order(layer, f"{name}.{child}".lstrip("."))
+    elif inside := _one_call(module):
+        yield from _in_order(module.get_submodule(inside), f"{name}.{inside}".lstrip("."))
+    else:
+        yield name or "the model", module
+
+
+def _one_call(module: nn.Module) -> str | None:
+    """The name of the submodule that ``forward`` hands its input on to, if it does nothing else.
+
+    ``forward`` is run on stand-ins, which know nothing but this call.
+    """
+    children = list(module.named_children())
+    if len(children) != 1 or list(module.named_parameters(recurse=False)):
+        return None
+    images, result = object(), object()
+    stand_in = SimpleNamespace(**{children[0][0]: lambda x: result if x is images else None})
+    try:
+        return children[0][0] if type(module).forward(stand_in, images) is result else None
+    except Exception:
+        return None
+
+
+def _check_known(name: str, layer: nn.Module, last: bool) -> None:
+    kind = type(layer)
+    known = any(
+        isinstance(layer, base) and kind.forward is base.forward
+        for base in (
+            *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, *ACTIVATIONS, *POOLING),
+            *(
+                nn.BatchNorm1d,
+                nn.BatchNorm2d,
+                nn.BatchNorm3d,
+                nn.SyncBatchNorm,
+                *(ENDS if last else ()),
+            ),
+        )
+    )
+    if not known or (isinstance(layer, CONV) and kind._conv_forward not in _PLAIN):
+        raise UnknownLayer(f"{name} is a {kind.__name__}")
+    weights = layer._parameters.get("weight")
+    if isinstance(layer, CONV | nn.Linear) and weights is None:
+        raise UnknownLayer(f"{name} has a weight that is computed from others")
+    if isinstance(layer, CONV) and layer.groups > 1:
+        raise UnknownLayer(f"{name} has groups={layer.groups}")
+    if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
+        raise UnknownLayer(f"{name} has a slope for each channel")
+    if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
+        raise UnknownLayer(f"{name} is a {layer}")
+
+
+_PLAIN = [kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+
+
+def _part(name: str, side: str, size: int, filters: int) -> Part:
+    """Behind a Flatten each filter has a block of values; otherwise, the block is one."""
+    if size % filters:
+        raise UnknownLayer(f"{name} takes {size} values of {filters} filters")
+    channels: Tensor = torch.arange(size)
+    return Part(name, side, channels, channels // (size // filters))
