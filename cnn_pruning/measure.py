@@ -14,12 +14,17 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import DeformConv2d
 
+from cnn_pruning.experiments.data import few_images
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.network.checks import integer, positive, shown
+from cnn_pruning.network.description import Network
 from cnn_pruning.network.passes import Inputs, device_of, evaluation, on_device, outputs_of
+from cnn_pruning.network.reading import read
+from cnn_pruning.network.removal import remove
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -74,6 +79,42 @@ def _by_weights(layer: nn.Module, inputs: tuple, output: object) -> int:
     if isinstance(layer, nn.Bilinear):  # x W, then times y
         return output.numel() * (layer.in1_features + 1) * layer.in2_features
     return output.numel() * layer.weight[0].numel()
+
+
+def filter_costs(
+    model: nn.Module | Network, data: Dataset | Inputs | None = None, linear: bool = False
+) -> list[dict[str, object]]:
+    """Return a row for each group of filters: what goes together, and what one filter costs.
+
+    ``group`` is its name in ``filter_scores``, ``layers`` those whose channels go with it,
+    ``filters`` how many there are and ``channels`` how many channels of the first layer;
+    ``parameters`` and ``macs`` are what the network loses with one filter, as it is now. The last
+    two change as others go. ``data`` and ``linear`` are as in ``filter_scores``; a Sequential is
+    read without ``data``, and its multiply-adds are 0 then, unless it is a ``CNN``.
+    """
+    images = None if data is None else few_images(data, 2)
+    network, rows = read(model, images), []
+
+    def size(model: nn.Module) -> tuple[int, int]:
+        known = images is not None or isinstance(model, CNN)
+        return count_parameters(model), count_macs(model, images) if known else 0
+
+    whole = size(network.model)
+    for name, group in network.groups.items():
+        if linear or not isinstance(network.layer(name), nn.Linear):
+            loses = group.filters > 1
+            small = size(remove(network, {name: [0]}).model) if loses else whole
+            rows.append(
+                {
+                    "group": name,
+                    "layers": [part.name for part in group.side("out")],
+                    "filters": group.filters,
+                    "channels": group.channels(),
+                    "parameters": whole[0] - small[0],
+                    "macs": whole[1] - small[1],
+                }
+            )
+    return rows
 
 
 class Budget:

@@ -6,12 +6,13 @@ import math
 import pandas as pd
 import pytest
 import torch
+from figures import game
 from long_runs import every_network as every
 from long_runs import trained, whole_tables
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import CNN, evaluate, fashion_mnist, filter_scores, game, mask_filters
+from cnn_pruning import CNN, evaluate, fashion_mnist, filter_scores, mask_filters
 from cnn_pruning.measure import count_macs, count_parameters
 
 TABLES = (every.PAIRS, every.SIZES, every.CHOICES, every.FILTERS)

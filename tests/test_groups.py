@@ -407,7 +407,11 @@ def test_the_network_is_left_as_it_was_and_its_copy_keeps_what_it_had():
 
 OBSTACLES = {
     "layer norm": (nn.LayerNorm(8), 4, "norm is a LayerNorm"),
-    "response norm": (nn.LocalResponseNorm(3, alpha=1e-4), 4, "uses several of them at once"),
+    "response norm": (
+        nn.LocalResponseNorm(3, alpha=1e-4),
+        4,
+        "avg_pool3d behind them uses several of them at once",
+    ),
     "softmax": (nn.Softmax(1), 4, "softmax behind them uses several of them at once"),
     "pixel shuffle": (nn.PixelShuffle(2), 1, "pixel_shuffle behind them counts on their number"),
     "a weight computed from others": (
@@ -456,7 +460,7 @@ def test_layers_that_share_a_weight_are_left_out():
     "filters, message",
     [
         ({"b.0": [0]}, "'b.0' is not a layer whose filters can go: those are 'stem.0', 'a.0'"),
-        ({"head": [0]}, "'head' is not a layer whose filters can go"),
+        ({"last": [0]}, "'last' is not a layer whose filters can go"),
         ({"a.0": [9]}, r"a.0 has filters 0 to 2, but \[9\] were named"),
         ({"a.0": [0, 0]}, "a.0 has a filter named twice"),
         ({"a.0": [0.5]}, "a.0 must be a list of integers"),

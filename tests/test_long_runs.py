@@ -3,7 +3,6 @@
 import pandas as pd
 import pytest
 import torch
-from cnn_pruning.groups import remove_groups
 from long_runs import (
     every_network,
     own_network,
@@ -18,7 +17,15 @@ from long_runs import (
 )
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import CNN, evaluate, fashion_mnist, filter_scores, select_filters
+from cnn_pruning import (
+    CNN,
+    TaylorPruner,
+    evaluate,
+    fashion_mnist,
+    filter_scores,
+    remove_filters,
+    select_filters,
+)
 from cnn_pruning.experiments.paths import ROOT
 from cnn_pruning.measure import count_macs
 
@@ -353,10 +360,13 @@ def test_a_residual_network_gets_down_to_the_multiply_adds_with_as_few_removals_
         name: torch.arange(float(model.get_submodule(name).out_channels)) for name in residual.MAPS
     }
     macs = count_macs(model, residual.IMAGE_SHAPE) // 2
-    small = residual.down_to(model, scores, macs, data)
+    pruner = TaylorPruner(model, normalize=False)
+    pruner.score(data)
+    pruner.scores = scores
+    small = pruner.prune(macs=0.5)
     left = sum(small.get_submodule(name).out_channels for name in residual.MAPS)
     removed_one_less = select_filters(scores, sum(map(len, scores.values())) - left - 1)
-    larger = remove_groups(model, removed_one_less, data)
+    larger = remove_filters(model, removed_one_less, data)
     assert count_macs(small, residual.IMAGE_SHAPE) <= macs
     assert count_macs(larger, residual.IMAGE_SHAPE) > macs
 

@@ -317,7 +317,7 @@ HALF = {
     ),
     "channels last": (
         lambda m, x: m.head(maps(m, x).permute(0, 2, 3, 1).flatten(1)),
-        *(256, ["first"], r"second \(view"),
+        *(256, ["first"], r"second \(permute behind them"),
     ),
     "a detach": (
         lambda m, x: m.head(flatten(m.second(m.first(x).detach()))),

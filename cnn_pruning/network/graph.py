@@ -8,6 +8,7 @@ Source: the dependency graph of Fang et al. 2023 (arXiv 2301.12900).
 
 import re
 import warnings
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 import torch
@@ -39,7 +40,6 @@ HARMLESS = set(
     upsample_nearest2d upsample_bilinear2d constant_pad_nd squeeze unsqueeze native_dropout
     bernoulli native_batch_norm cudnn_batch_norm t alias""".split()
 )
-MOST = 1_000_000  # channels of one layer; more are a sign that the graph misread an operation
 
 
 class _Obstacle(Exception):
@@ -210,6 +210,8 @@ class _Reader:
 
     def __init__(self, traced: nn.Module, graph, names: dict, broken: dict) -> None:
         self.traced, self.graph, self.names, self.broken = traced, graph, names, broken
+        sizes = [size for p in traced.parameters() for size in p.shape]
+        self.most = 2 * max(sizes, default=0)  # more channels are a sign of a misread operation
         owners: dict[Tensor, list[nn.Module]] = {}
         for layer in traced.modules():
             for value in (*layer._parameters.values(), *layer._buffers.values()):
@@ -230,22 +232,23 @@ class _Reader:
         if any(isinstance(node.module, _OutputOp) for node, _ in found):
             taken = any(side == "in" and node.module in self.names for node, side in found)
             raise _Obstacle(IN_OUTPUTS + ", too" * taken)
+        passed = {self._named(node) for node, _ in found if node.module not in self.names}
+        passed = tuple(sorted(passed - HARMLESS))
         classes = sorted({owner(k) for k in range(size)})
         number = {k: i for i, k in enumerate(classes)}
         parts, together = [], set()
         for (node, side), channels in found.items():
-            part = self._part(node, side, sorted(channels))
+            part = self._part(node, side, sorted(channels), passed)
             if part is None:  # an operation
                 continue
             owners = torch.tensor([number[owner(channels[c])] for c in part.channels.tolist()])
             if len(set(torch.bincount(owners, minlength=len(classes)).tolist())) > 1:
-                raise _Obstacle(f"{part.name} has other numbers of channels for each of them")
+                raise _Obstacle(counts_on_them(passed))
             parts.append(Part(part.name, part.side, part.channels, owners, part.axis))
             if side == "out":
                 together.add(node.module)
         parts.sort(key=lambda part: (part.name != name, part.side == "in"))
-        passed = {self._named(node) for node, _ in found if node.module not in self.names}
-        return Group(len(classes), tuple(parts), tuple(sorted(passed - HARMLESS))), together
+        return Group(len(classes), tuple(parts), passed), together
 
     def _follow(self, root, size: int):
         """All (node, side) that are tied to the channels of ``root``, and who owns each channel."""
@@ -273,7 +276,7 @@ class _Reader:
                     else:
                         known[channel] = pair.root_idx
                         new.append(index(idx=channel, root_idx=pair.root_idx))
-            if len(known) > MOST:
+            if len(known) > self.most:
                 raise _Obstacle(f"{self._named(node)} mixes them")
             if not new:
                 continue
@@ -324,7 +327,7 @@ class _Reader:
                 f"{name} has a weight that is computed from others (use remove_parametrizations)"
             )
 
-    def _part(self, node, side: str, channels: list[int]) -> Part | None:
+    def _part(self, node, side: str, channels: list[int], passed: tuple[str, ...]) -> Part | None:
         layer = node.module
         if layer not in self.names:
             return None
@@ -341,11 +344,17 @@ class _Reader:
         else:
             size = layer.in_channels if side == "in" else layer.out_channels
         if channels[-1] >= size or (side != "in" and len(channels) < size):
-            raise _Obstacle(f"{name} has {size} channels, and not those that come to it")
+            raise _Obstacle(counts_on_them(passed))
         return Part(name, side, torch.tensor(channels), owners, node.pruning_dim if not side else 0)
 
     def _named(self, node) -> str:
         return operation(node.grad_fn) if node.grad_fn is not None else "an operation"
+
+
+def counts_on_them(passed: Iterable[str]) -> str:
+    """Why filters can't go whose maps pass these operations, if their number stands in one."""
+    said = f"{' or '.join(sorted(passed)) or 'something'} behind them counts on their number"
+    return said + " (write torch.flatten(x, 1) instead of a fixed width)" * ("view" in passed)
 
 
 def operation(grad_fn: object) -> str:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cnn_pruning.network.checks import check_module
 from cnn_pruning.network.description import BATCH_NORM, Filters, Network, names_of
-from cnn_pruning.network.graph import floats_in, read_graph
+from cnn_pruning.network.graph import counts_on_them, floats_in, read_graph
 from cnn_pruning.network.maps import on_feature_maps, zero
 from cnn_pruning.network.passes import (
     Inputs,
@@ -123,9 +123,6 @@ class _Trial:
         passed = {op for name in filters for op in self.network.groups[name].passed}
         mixing = " or ".join(sorted(passed - {"view"})) or "something"
         mixed = f"{mixing} behind them uses several of them at once, or their number"
-        crashed = f"{' or '.join(sorted(passed)) or 'something'} behind them counts on their number"
-        if "view" in passed:
-            crashed += " (write torch.flatten(x, 1) instead of a fixed width)"
         small = remove(self.network, filters).model
         with torch.no_grad(), random_numbers_kept():
             for images, training, when in self.occasions:
@@ -139,7 +136,7 @@ class _Trial:
                 try:
                     removed = _outputs(small, images, training)
                 except ValueError:
-                    return when + crashed
+                    return when + counts_on_them(passed)
                 if len(masked) != len(removed) or not all(map(_close, removed, masked)):
                     return when + mixed
         return ""

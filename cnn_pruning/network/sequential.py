@@ -79,7 +79,7 @@ def read_sequential(model: nn.Module) -> Network:
 def _in_order(module: nn.Module, name: str = ""):
     """Yield (name, layer) in the order of use, from sequences inside sequences."""
     if type(module).forward is nn.Sequential.forward:
-        for child, layer in module.named_children():
+        for child, layer in module._modules.items():  # named_children skips repeated ones
             yield from _in_order(layer, f"{name}.{child}".lstrip("."))
     elif inside := _one_call(module):
         yield from _in_order(module.get_submodule(inside), f"{name}.{inside}".lstrip("."))
@@ -92,7 +92,7 @@ def _one_call(module: nn.Module) -> str | None:
 
     ``forward`` is run on stand-ins, which know nothing but this call.
     """
-    children = list(module.named_children())
+    children = list(module._modules.items())
     if len(children) != 1 or list(module.named_parameters(recurse=False)):
         return None
     images, result = object(), object()

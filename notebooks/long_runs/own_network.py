@@ -10,9 +10,9 @@ row a network, and own_network.pt, the first seed's trained network.
 import copy
 from collections.abc import Callable
 
-from cnn_pruning import evaluate, fashion_mnist, fit, normalize, remove_filters
+from cnn_pruning import evaluate, fashion_mnist, fit, normalize
 from cnn_pruning.iterative import prune_iteratively
-from cnn_pruning.measure import count_macs
+from cnn_pruning.measure import count_macs, filter_costs
 from cnn_pruning.scores import Scores
 
 import torch
@@ -58,12 +58,8 @@ def untrained(seed: int, widths: tuple[int, ...] = (32, 64, 128)) -> Net:
 
 def macs_saved(network: nn.Module) -> dict[str, int]:
     """How many multiply-adds go with one filter of each layer, as the network is now."""
-    whole = count_macs(network, IMAGE_SHAPE)
-    return {
-        layer: whole - count_macs(remove_filters(network, {layer: [0]}), IMAGE_SHAPE)
-        for layer in LAYERS
-        if network.get_submodule(layer).out_channels > 1
-    }
+    rows = filter_costs(network, torch.rand(2, *IMAGE_SHAPE, generator=torch.Generator()))
+    return {row["group"]: row["macs"] for row in rows if row["filters"] > 1}
 
 
 def with_cost(weight: float) -> Callable[[nn.Module, Scores], Scores]:

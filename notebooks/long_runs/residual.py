@@ -11,15 +11,13 @@ trained network.
 import copy
 import itertools
 
-from cnn_pruning import evaluate, fashion_mnist, fit, normalize, select_filters
+from cnn_pruning import TaylorPruner, evaluate, fashion_mnist, filter_scores, fit, normalize
 from cnn_pruning.experiments.data import batches
 from cnn_pruning.measure import count_macs
 from cnn_pruning.scores import Scores
 
 import torch
 import torch_pruning
-from cnn_pruning.groups import group_scores, remove_groups
-from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
@@ -101,7 +99,7 @@ def by_library(model: ResNet, data, importance) -> Scores:
 
 def all_scores(model: ResNet, data, seed: int) -> dict[str, Scores]:
     generator = torch.Generator().manual_seed(seed)
-    taylor = group_scores(model, data)
+    taylor = filter_scores(model, data)
     return {
         "taylor": taylor,
         "sum of absolute scores": by_map(model, data)[1],
@@ -111,19 +109,6 @@ def all_scores(model: ResNet, data, seed: int) -> dict[str, Scores]:
         "weight": by_library(model, data, torch_pruning.importance.GroupMagnitudeImportance()),
         "random": {name: torch.rand(len(s), generator=generator) for name, s in taylor.items()},
     }
-
-
-def down_to(model: ResNet, scores: Scores, macs: int, data) -> nn.Module:
-    """The network without as many of the lowest filters as it takes to have no more ``macs``."""
-    low, high = 0, sum(len(values) - 1 for values in scores.values())
-    while low < high:
-        middle = (low + high) // 2
-        small = remove_groups(model, select_filters(scores, middle), data)
-        if count_macs(small, IMAGE_SHAPE) <= macs:
-            high = middle
-        else:
-            low = middle + 1
-    return remove_groups(model, select_filters(scores, low), data)
 
 
 def rows_of_seed(seed: int, train, val, test) -> tuple[list[dict], ResNet]:
@@ -138,14 +123,16 @@ def rows_of_seed(seed: int, train, val, test) -> tuple[list[dict], ResNet]:
             "method": "baseline",
             "share": 1.0,
             "macs": whole,
-            "filters": sum(map(len, group_scores(model, data).values())),
+            "filters": sum(map(len, filter_scores(model, data).values())),
             "val_before": evaluate(model, val)[1],
         }
     ]
+    pruner = TaylorPruner(model, normalize=False)
+    pruner.score(data)
     for method, scores in all_scores(model, data, seed).items():
-        compared = scores if method == "random" else normalize(scores)
+        pruner.scores = scores if method == "random" else normalize(scores)
         for share in SHARES:
-            small = down_to(model, compared, int(share * whole), data)
+            small = pruner.prune(macs=share)
             row = {
                 "seed": seed,
                 "method": method,
