@@ -1,10 +1,10 @@
 """The whole experiment without a notebook: train, score, select, remove, fine-tune."""
 
 import argparse
-import math
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,11 +42,6 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        refuse(message)
-
-
 def integer(lowest: int, highest: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
@@ -59,72 +54,49 @@ def integer(lowest: int, highest: int) -> Callable[[str], int]:
 
 
 def rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number up to 1")
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number up to 1")
 
 
 def device(text: str) -> torch.device:
-    try:
+    with suppress(RuntimeError, AssertionError, ImportError):  # what torch raises without it
         found = torch.empty(0, device=text).device
-        if found.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        return found
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a device of this machine: use 'cpu', or 'cuda' if it has one"
-        ) from None
+        if found.type in ("cpu", "cuda", "mps"):
+            return found
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a device of this machine: use 'cpu', or 'cuda' if it has one"
+    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the options; exit with status 2 and one line if one can't be used."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train a CNN on FashionMNIST, score its filters with the Taylor criterion, "
         "remove the lowest, and fine-tune. MLflow tracks every step.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add(
-        "--channels",
-        type=integer(1, 1024),
-        nargs="+",
-        default=[8, 16],
-        help="filters of each layer",
-    )
-    add("--remove", type=integer(0, 1_000_000), default=7, help="filters to remove")
-    add(
-        "--updates",
-        type=integer(0, 1_000_000),
-        default=None,
-        help="remove step by step, with this many updates before each step; without this option, "
-        "remove all in one shot",
-    )
-    add("--per-step", type=integer(1, 1024), default=1, help="filters per step, with --updates")
+    parser.error = refuse
+    add, widths, count = parser.add_argument, integer(1, 1024), integer(0, 1_000_000)
+    add("--channels", type=widths, nargs="+", default=[8, 16], help="filters of each layer")
+    add("--remove", type=count, default=7, help="filters to remove")
+    words = "remove step by step, with this many updates before each step; without this option, "
+    add("--updates", type=count, help=words + "remove all in one shot")
+    add("--per-step", type=widths, default=1, help="filters per step, with --updates")
     add("--epochs", type=integer(1, 10_000), default=5, help="epochs of training")
     add("--fine-tune-epochs", type=integer(0, 10_000), default=5, help="epochs after pruning")
     add("--batch-size", type=integer(1, 60_000), default=128, help="images in a mini-batch")
     add("--lr", type=rate, default=3e-3, help="learning rate at the start of both trainings")
-    add(
-        "--seed",
-        type=integer(0, 2**63 - 1),
-        default=1,
-        help="decides the first weights and the order of the images",
-    )
-    add(
-        "--device",
-        type=device,
-        default="cpu",
-        help="where to compute; under torchrun, 'cuda' is a GPU for each process",
-    )
-    add("--data", type=Path, default=None, help="folder of the data set, if not the project's")
+    words = "decides the first weights and the order of the images"
+    add("--seed", type=integer(0, 2**63 - 1), default=1, help=words)
+    words = "where to compute; under torchrun, 'cuda' is a GPU for each process"
+    add("--device", type=device, default="cpu", help=words)
+    add("--data", type=Path, help="folder of the data set, if not the project's")
     options = parser.parse_args(arguments)
     if options.remove > sum(options.channels) - len(options.channels):
-        parser.error(
+        refuse(
             f"argument --remove: {options.remove} of {sum(options.channels)} filters can't go, "
             f"because each of the {len(options.channels)} layers keeps at least one"
         )
@@ -148,10 +120,6 @@ def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str,
     return {"val accuracy": evaluate(model, val)[1], "test accuracy": evaluate(model, test)[1]}
 
 
-def show(what: str, figure: plots.Figure, name: str) -> None:
-    print(f"{what}: {tracking.log_figure(figure, name)}")
-
-
 def prune_in_one_shot(
     model: CNN, train: TensorDataset, val: TensorDataset, options: argparse.Namespace
 ) -> tuple[CNN, Filters]:
@@ -160,7 +128,7 @@ def prune_in_one_shot(
     small = remove_filters(model, removed)
     if ranks.is_first():
         figure = plots.score_bars(scores, "normalized score", "Hatched: removed", removed)
-        show("scores of all filters", figure, "scores.png")
+        print(f"scores of all filters: {tracking.log_figure(figure, 'scores.png')}")
     val_loss, val_accuracy = evaluate(small, val)
     tracking.log_metrics({"val_loss": val_loss, "val_accuracy": val_accuracy})
     return small, removed
@@ -170,40 +138,31 @@ def prune_step_by_step(
     model: CNN, train: TensorDataset, val: TensorDataset, options: argparse.Namespace
 ) -> tuple[CNN, Filters]:
     """Log one MLflow step per removal, so that MLflow can draw accuracy against what is left."""
-    tracking.log_settings({"updates": options.updates, "per_step": options.per_step})
-    small = remove_filters(model, {})
-    removed: Filters = {}
-    steps = prune_iteratively(
-        model,
-        train,
-        val,
-        filters=sum(options.channels) - options.remove,
-        per_step=options.per_step,
-        updates=options.updates,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    left, accuracy = [sum(options.channels)], [evaluate(model, val)[1]]
+    schedule = {"updates": options.updates, "per_step": options.per_step}
+    training = {"batch_size": options.batch_size, "seed": options.seed}
+    tracking.log_settings(schedule)
+    whole, removed = sum(options.channels), {}
+    left = whole - options.remove
+    gone, percent = [0], [100 * evaluate(model, val)[1]]
+    model = remove_filters(model, {})
+    steps = prune_iteratively(model, train, val, filters=left, **schedule, **training)
     for number, step in enumerate(steps, start=1):
-        small = step.model
-        left.append(step.filters)
-        accuracy.append(step.val_accuracy)
+        model = step.model
+        gone.append(whole - step.filters)
+        percent.append(100 * step.val_accuracy)
         for layer, filters in step.removed.items():
             removed.setdefault(layer, []).extend(filters)
         names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
         tracking.log_metrics({name: getattr(step, name) for name in names}, number)
     if ranks.is_first():
-        show(
-            "accuracy by removed filters",
-            plots.accuracy_by_removed(
-                [left[0] - count for count in left],
-                {"taylor": torch.tensor([accuracy])},
-                "Right after each removal",
-                xlabel=f"filters removed, {options.updates} updates before each step",
-            ),
-            "accuracy.png",
-        )
-    return small, removed
+        figure, ((axis,),) = plots.subplots(1, 1, 9, 4)
+        axis.plot(gone, percent, marker="o", ms=4, color=plots.METHODS["taylor"])
+        axis.axhline(10, color=plots.INK, lw=0.5, ls=":")
+        axis.text(0, 11, "guessing", size=8)
+        axis.set(xlabel=f"filters removed, {options.updates} updates before each step")
+        axis.set(ylabel="validation accuracy (%)", ylim=(0, 100), title="Right after each removal")
+        print(f"accuracy by removed filters: {tracking.log_figure(figure, 'accuracy.png')}")
+    return model, removed
 
 
 def experiment(

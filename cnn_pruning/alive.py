@@ -7,7 +7,7 @@ a dead one, and two that live never take each other for dead.
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,17 +26,13 @@ def signals_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
-    changed = []
-    if threading.current_thread() is threading.main_thread():
-        known = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-        changed = [n for n in known if n and signal.getsignal(n) == signal.SIG_DFL]
-    for number in changed:
-        signal.signal(number, interrupt)
-    try:
+    with ExitStack() as afterwards:
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    afterwards.callback(signal.signal, number, signal.SIG_DFL)
+                    signal.signal(number, interrupt)
         yield
-    finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def alone(folder: Path) -> AbstractContextManager[None]:
@@ -65,9 +61,7 @@ def the_dead(folder: Path) -> Iterator[str]:
     Each is forgotten when the next is asked for.
     """
     for path in folder.glob("*.alive"):
-        try:
+        with suppress(Timeout):
             with FileLock(path, timeout=0):
                 yield path.stem
             path.unlink(missing_ok=True)
-        except Timeout:
-            continue

@@ -29,10 +29,12 @@ from cnn_pruning.network.passes import (
 from cnn_pruning.oracle import oracle, oracle_abs
 from cnn_pruning.scores import Scores
 
+Model = nn.Module | Network
+
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(feature map, gradient), both (N, K, M), to the score of each filter on each example, (N, K)."""
 
-Criterion = Callable[[nn.Module | Network, Dataset, int, Cost | None], Scores]
+Criterion = Callable[[Model, Dataset, int, Cost | None], Scores]
 """(network, data, batch size, cost of each example) to scores."""
 
 BINS = 10  # of the activation, for the mutual information
@@ -126,9 +128,7 @@ def over_examples(per_example: PerExample) -> Criterion:
     ``FORWARD_ONLY`` functions are given None for the gradient, and there is no backward pass.
     """
 
-    def score(
-        model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
-    ) -> Scores:
+    def score(model: Model, data: Dataset, batch_size: int, cost: Cost | None = None) -> Scores:
         network = scorable(model, data)
         mean = MeanOverExamples(per_example)
         gradient = per_example not in FORWARD_ONLY
@@ -140,7 +140,7 @@ def over_examples(per_example: PerExample) -> Criterion:
 
 
 def taylor_abs_last(
-    model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
+    model: Model, data: Dataset, batch_size: int, cost: Cost | None = None
 ) -> Scores:
     """|mean over examples of (1/M) sum_m (dC/dz_m) z_m|: the absolute value comes last.
 
@@ -151,7 +151,7 @@ def taylor_abs_last(
 
 
 def activation_std(
-    model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
+    model: Model, data: Dataset, batch_size: int, cost: Cost | None = None
 ) -> Scores:
     """The standard deviation of the feature map's values, over positions and examples together.
 
@@ -176,7 +176,7 @@ def activation_std(
 
 
 def mutual_information(
-    model: nn.Module | Network, data: Dataset, batch_size: int, cost: Cost | None = None
+    model: Model, data: Dataset, batch_size: int, cost: Cost | None = None
 ) -> Scores:
     """The information (nats) that a filter's quantized activation gives about the label.
 
@@ -212,10 +212,7 @@ def mutual_information(
 
 
 def weight(
-    model: nn.Module | Network,
-    data: Dataset | None = None,
-    batch_size: int = 0,
-    cost: Cost | None = None,
+    model: Model, data: Dataset | None = None, batch_size: int = 0, cost: Cost | None = None
 ) -> Scores:
     """(1/|w|) sum w^2 over all weights that make a filter's maps, without biases.
 
@@ -256,10 +253,7 @@ def _parameters(network: Network, name: str, biases: bool = True):
 
 
 def random(
-    model: nn.Module | Network,
-    data: Dataset | None = None,
-    batch_size: int = 0,
-    cost: Cost | None = None,
+    model: Model, data: Dataset | None = None, batch_size: int = 0, cost: Cost | None = None
 ) -> Scores:
     """Uniform random numbers in [0, 1): the control. ``torch.manual_seed`` sets them."""
     return {
@@ -269,7 +263,7 @@ def random(
 
 
 def obd(
-    model: nn.Module | Network,
+    model: Model,
     data: Dataset,
     batch_size: int,
     cost: Cost | None = None,

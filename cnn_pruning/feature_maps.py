@@ -78,7 +78,7 @@ def feature_maps(
     The network runs in evaluation mode, and is as it was whenever something is handed out.
     """
     model, at_once = network.model, [FEWEST]
-    unseen = set(network.groups) if gradient else set()
+    unseen: set[str] = set()
     for images, labels in pieces(batches(data, batch_size), device_of(model), lambda: at_once[0]):
         found: list[Seen] = []
 
@@ -101,12 +101,11 @@ def feature_maps(
                 for i, seen in enumerate(found):
                     if slopes[i] is None:
                         slopes[i] = torch.zeros_like(seen.z)
-                    else:
-                        unseen -= seen.parts.keys()
+                        unseen |= seen.parts.keys()
         size = sum(seen.z.nbytes for seen in found) or 1
         at_once[0] = max(FEWEST, size_of(images) * BYTES // size)
         yield labels, side_by_side(network, found, slopes, size_of(images))
-    if unseen:
+    if unseen:  # in a part of the images, at least
         warnings.warn(
             f"The cost doesn't depend on {', '.join(sorted(unseen))}: these filters score 0.",
             stacklevel=2,

@@ -124,15 +124,8 @@ def prune_iteratively(
     # What each layer keeps, in filters of the network that was handed in
     least = {name: count - spare[name] for name, count in network.filters().items()}
     named = {"parameters": parameters, "macs": macs, "milliseconds": milliseconds}
-    reached = _target(network, images, filters, named)
-    smallest = remove(network, {name: list(range(count)) for name, count in spare.items()})
-    if not reached(smallest):
-        (name, value), *_ = [(k, v) for k, v in (named | {"filters": filters}).items() if v]
-        least_of = _sizes(smallest, images).get(name, "more")
-        raise ValueError(
-            f"The network can't get down to {value} {name}: with min_filters={min_filters} it "
-            f"keeps at least {least_of}."
-        )
+    budget = Budget(network, images, filters=filters, **named)
+    budget.check(remove(network, {name: list(range(count)) for name, count in spare.items()}))
     loss, _ = evaluate(model, val, cost=cost)  # raises, if it must, before anything is trained
     if not math.isfinite(loss):
         raise ValueError(
@@ -145,7 +138,7 @@ def prune_iteratively(
     stream = _endless(train, batch_size, seed)
     kept = {name: list(range(count)) for name, count in network.filters().items()}
     with progress(sum(spare.values()), "pruning") as advance:
-        while not reached(network):
+        while not budget.holds(network):
             network = network.of(copy_of(network.model))
             scores = {}
             if updates:
@@ -158,8 +151,9 @@ def prune_iteratively(
             room = sum(spare_filters(network.filters(), least).values())
             left = sum(network.filters().values()) - filters if filters else room
             count = min(per_step, room, left)
-            smallest_now = {name: least[name] for name in scores}
-            chosen = select_filters(scores, count, smallest_now)
+            named = scores if isinstance(scores, dict) else ()
+            limits = {name: most for name, most in least.items() if name in named}
+            chosen = network.checked(select_filters(scores, count, limits))
             chosen = gathered(train, network.model, chosen)[0]  # whatever rescore does on each rank
             network = remove(network, chosen)
             removed = {name: [kept[name][k] for k in chosen.get(name, [])] for name in kept}
@@ -178,19 +172,6 @@ def prune_iteratively(
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
             )
-
-
-def _target(
-    network: Network, images: Inputs, filters: int | None, named: dict[str, float | None]
-) -> Callable[[Network], bool]:
-    """Whether a network is small enough."""
-    if filters is None:
-        budget = Budget(network.model, images, **named)
-        return lambda network: budget.size(network.model) <= budget.most
-    most = integer("filters", filters, 1)
-    if any(value is not None for value in named.values()):
-        raise ValueError("Name one budget, filters or another, not both.")
-    return lambda network: sum(network.filters().values()) <= most
 
 
 def _sizes(network: Network, images: Inputs) -> dict[str, int]:

@@ -7,8 +7,7 @@ import random
 import statistics
 import sys
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -118,39 +117,43 @@ def filter_costs(
 
 
 class Budget:
-    """At most so many ``macs``, ``parameters`` or ``milliseconds`` (for one image, measured here).
+    """At most so many ``filters``, ``macs``, ``parameters`` or ``milliseconds`` (for one image).
 
-    Of the first two, a number below 1 is a share of what ``model`` has. ``images`` are what a
-    network takes. Raises ``ValueError`` unless one is named, as a positive number.
+    Of MACs and parameters, a number below 1 is a share of what ``network`` has. ``images`` are
+    what a network takes. Raises ``ValueError`` unless one is named, as a positive number.
     """
 
-    def __init__(self, model: nn.Module, images: Inputs, **named: float | None) -> None:
+    def __init__(self, network: Network, images: Inputs, **named: float | None) -> None:
         named = {name: value for name, value in named.items() if value is not None}
-        known = {
-            "macs": lambda model: count_macs(model, images),
-            "parameters": count_parameters,
-            "milliseconds": lambda model: latency(model, batch_size=1, image_shape=images)[0][0],
+        sizes = {
+            "filters": lambda network: sum(network.filters().values()),
+            "macs": lambda network: count_macs(network.model, images),
+            "parameters": lambda network: count_parameters(network.model),
+            "milliseconds": lambda network: latency(
+                network.model, batch_size=1, image_shape=images
+            )[0][0],
         }
-        if len(named) != 1 or not named.keys() <= known.keys():
+        if len(named) != 1 or not named.keys() <= sizes.keys():
             raise ValueError(
-                f"Name one budget, {', '.join(known)}, or a number of filters, not "
-                f"{' and '.join(named) or 'none'}."
+                f"Name one budget, {', '.join(sizes)}, not {' and '.join(named) or 'none'}."
             )
         ((self.name, value),) = named.items()
-        self.size = known[self.name]
-        self.most = positive(self.name, value)
-        if self.most < 1 and self.name != "milliseconds":
-            self.most *= self.size(model)
+        self.size = sizes[self.name]
+        self.most = integer("filters", value, 1) if self.name == "filters" else value
+        self.most = positive(self.name, self.most)
+        if self.most < 1 and self.name in ("macs", "parameters"):
+            self.most *= self.size(network)
 
-    def fewest(self, without: Callable[[int], nn.Module], most: int) -> int:
-        """The fewest filters, at most ``most``, ``without`` which a network keeps the budget."""
-        count = bisect_left(range(most + 1), True, key=lambda n: self.size(without(n)) <= self.most)
-        if count > most:
+    def holds(self, network: Network) -> bool:
+        return self.size(network) <= self.most
+
+    def check(self, smallest: Network) -> None:
+        """Raise ``ValueError`` if the smallest network that can be reached is too large."""
+        if not self.holds(smallest):
             raise ValueError(
-                f"The network can't get down to {self.most:,.6g} {self.name}: without all {most} "
-                f"filters that can go it still has {self.size(without(most)):,.6g}."
+                f"The network can't get down to {self.most:,.6g} {self.name}: it keeps at least "
+                f"{self.size(smallest):,.6g}."
             )
-        return count
 
 
 def latency(

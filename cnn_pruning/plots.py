@@ -1,20 +1,19 @@
-"""The palette, and the figures of the command, of the game, and of more than one notebook."""
+"""The palette, and the figures of the command and of more than one notebook."""
 
 import base64
 import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
+
+from cnn_pruning.scores import Filters, Scores
 
 # One color for a thing, in every figure, on a light page and on a dark one. The layers and the
 # removed filters have Okabe and Ito's; the methods keep their distance from the first two layers,
@@ -67,8 +66,7 @@ def use_style() -> None:
     """Draw all figures alike; in a notebook, with two pixels where the page has one."""
     plt.rcParams.update(STYLE)
     ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if not shell:
+    if not ipython or not (shell := ipython.get_ipython()):
         return
     from matplotlib_inline import backend_inline
 
@@ -135,22 +133,18 @@ def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:
     ``epoch`` is where it is drawn, so that a later training can start where another ended; a row
     without ``train_loss`` is a network as it was before that training.
     """
-    figure, (axes,) = subplots(1, 2, 10, 3.6)
+    figure, ((left, right),) = subplots(1, 2, 10, 3.6)
     for name, rows in histories.items():
         color = METHODS.get(name, METHODS["baseline"])
-        for axis, key, style in (
-            (axes[0], "train_loss", "--"),
-            (axes[0], "val_loss", "-"),
-            (axes[1], "val_accuracy", "-"),
-        ):
-            scale = 100 if key == "val_accuracy" else 1
+        epochs = [row["epoch"] for row in rows]
+        for key, style in (("train_loss", "--"), ("val_loss", "-"), ("val_accuracy", "-")):
+            axis, scale = (right, 100) if key == "val_accuracy" else (left, 1)
             values = [scale * row.get(key, math.nan) for row in rows]
-            epochs = [row["epoch"] for row in rows]
-            label = f"{name}, {'training' if style == '--' else 'validation'}"
+            label = f"{name}, {'training' if key == 'train_loss' else 'validation'}"
             axis.plot(epochs, values, style, color=color, marker="o", ms=4, label=label)
-    axes[0].set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
-    axes[1].set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy on validation images")
-    for axis in axes:
+    left.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
+    right.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy on validation images")
+    for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)
         if histories:
             axis.legend(fontsize=8, handlelength=3.5)
@@ -158,17 +152,10 @@ def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:
     return figure
 
 
-def score_bars(
-    scores: Mapping[str, Tensor],
-    ylabel: str,
-    title: str,
-    removed: Mapping[str, Sequence[int]] | None = None,
-) -> Figure:
+def score_bars(scores: Scores, ylabel: str, title: str, removed: Filters | None = None) -> Figure:
     """One bar a filter, layer beside layer on one scale; ``removed`` filters are hatched."""
     widths = [len(values) for values in scores.values()]
-    figure, (axes,) = subplots(
-        1, len(scores), 10, 3.2, sharey=True, gridspec_kw={"width_ratios": widths}
-    )
+    figure, (axes,) = subplots(1, len(scores), 10, 3.2, sharey=True, width_ratios=widths)
     for i, (axis, (layer, values)) in enumerate(zip(axes, scores.items(), strict=True)):
         bars = axis.bar(range(len(values)), values.tolist(), color=LAYERS[i % len(LAYERS)])
         for k in (removed or {}).get(layer, []):
@@ -180,11 +167,7 @@ def score_bars(
 
 
 def estimate_against_truth(
-    estimate: Mapping[str, Tensor],
-    truth: Mapping[str, Tensor],
-    xlabel: str,
-    ylabel: str,
-    title: str,
+    estimate: Scores, truth: Scores, xlabel: str, ylabel: str, title: str
 ) -> Figure:
     """One numbered point a filter, colored by layer, on logarithmic axes.
 
@@ -201,9 +184,8 @@ def estimate_against_truth(
         label = f"convolution {i + 1} ({layer})"
         label += f"; dead or nearly dead, not drawn: {hidden}" if hidden else ""
         axis.scatter(x[alive], y[alive], s=36, color=color, label=label)
-        for k in alive.nonzero().flatten().tolist():
-            points.append((x[k].item(), y[k].item(), k, color))
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log", yscale="log")
+        points += [(x[k].item(), y[k].item(), k, color) for k in alive.nonzero().flatten().tolist()]
+    axis.set(ylabel=ylabel, title=title, xscale="log", yscale="log")
     unit = math.floor(math.log10(axis.get_xlim()[1]))
     axis.set_xlabel(f"{xlabel}, in units of $10^{{{unit}}}$")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 10**unit:g}")
@@ -220,86 +202,11 @@ def _number(axis: Axes, points: Sequence[tuple[float, float, int, str]]) -> None
     """Write the number of each point (x, y, number, color) where it is farthest from the others."""
     places = [(8, 7), (-8, 7), (8, -7), (-8, -7), (0, 9), (0, -9), (10, 0), (-10, 0)]  # in points
     scale = 72 / axis.figure.dpi
-    at = [tuple(scale * axis.transData.transform(point[:2])) for point in points]
-    taken = list(at)
-    for (x, y, number, color), here in zip(points, at, strict=True):
-        others = [place for place in taken if place != here]
-        choices = {place: (here[0] + place[0], here[1] + place[1]) for place in places}
-        far = {p: min((math.dist(q, o) for o in others), default=0) for p, q in choices.items()}
-        offset = max(far, key=far.get)
-        taken.append(choices[offset])
+    taken = [scale * axis.transData.transform(point[:2]) for point in points]
+    for i, (x, y, number, color) in enumerate(points):
+        here, others = taken[i], taken[:i] + taken[i + 1 :]
+        room = [min((math.dist(here + place, o) for o in others), default=0) for place in places]
+        offset = places[room.index(max(room))]
+        taken.append(here + offset)
         look = {"color": color, "size": 8, "ha": "center", "va": "center"}
         axis.annotate(number, (x, y), offset, textcoords="offset points", **look)
-
-
-def accuracy_by_removed(
-    counts: Sequence[int],
-    methods: Mapping[str, Tensor],
-    title: str,
-    mark: int | None = None,
-    xlabel: str = "filters removed, no fine-tuning",
-) -> Figure:
-    """Accuracy (%) against the number of removed filters, for methods named as in ``METHODS``.
-
-    Each is (draws, counts); several draws are drawn as their mean, with a band from lowest to
-    highest. ``mark`` draws a vertical line at that number of filters.
-    """
-    figure, ((axis,),) = subplots(1, 1, 9, 4)
-    for name, accuracy in methods.items():
-        color, several = METHODS[name], len(accuracy) > 1
-        label = f"{name} (mean and range)" if several else name
-        axis.plot(counts, 100 * accuracy.mean(0), marker="o", ms=4, color=color, label=label)
-        if several:
-            low, high = (100 * accuracy.aminmax(dim=0)[i] for i in (0, 1))
-            axis.fill_between(counts, low, high, color=color, alpha=0.2, lw=0)
-    if mark is not None:
-        axis.axvline(mark, color=INK, lw=1, ls="--")
-        axis.text(mark, 2, f" {mark} filters")
-    axis.axhline(10, color=INK, lw=0.5, ls=":")
-    axis.text(0, 11, "guessing", size=8)
-    axis.set(
-        xlabel=xlabel,
-        ylabel="validation accuracy (%)",
-        ylim=(0, 100),
-        xticks=counts[:: 1 + len(counts) // 20],
-        title=title,
-    )
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 0.12))
-    return figure
-
-
-def filter_card(kernel: Tensor, feature_map: Tensor, limit: float, on: bool = True) -> bytes:
-    """A small PNG for a card: a feature map beside its kernel; crossed out where it is off.
-
-    ``kernel`` (C, 3, 3), colored from -limit to limit; ``feature_map`` (H, W) from 0 to 1, whose
-    brightness is the square root of its values.
-    """
-    scale = 56 // feature_map.shape[0]
-    left = Image.fromarray(_shades("magma")[_in_256(feature_map.sqrt())]).resize(
-        [scale * n for n in feature_map.T.shape], 0
-    )
-    columns = 1 if len(kernel) == 1 else 2
-    side = 24 if columns == 1 else 12
-    card = Image.new("RGBA", (left.width + 36, left.height))
-    card.paste(left)
-    for i, part in enumerate(kernel):
-        colors = _shades("RdBu_r")[_in_256(0.5 + 0.5 * part / limit)]
-        at = (left.width + 4 + (i % columns) * (side + 2), (i // columns) * (side + 2))
-        card.paste(Image.fromarray(colors).resize((side, side), 0), at)
-    if not on:
-        card.putalpha(card.getchannel("A").point(lambda a: a // 4))
-        end = (left.width - 1, left.height - 1)
-        for line in ((0, 0, *end), (0, end[1], end[0], 0)):
-            ImageDraw.Draw(card).line(line, fill=REMOVED, width=4)
-    file = io.BytesIO()
-    card.save(file, "PNG")
-    return file.getvalue()
-
-
-@cache
-def _shades(name: str) -> np.ndarray:
-    return colormaps[name](np.arange(256), bytes=True)
-
-
-def _in_256(values: Tensor) -> np.ndarray:
-    return (255 * values.clamp(0, 1)).byte().numpy()

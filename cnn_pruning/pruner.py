@@ -1,6 +1,7 @@
 """Score the filters of a network, mask them, remove them: the method, step by step."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -207,9 +208,14 @@ class TaylorPruner:
             return lowest(n)
         if n is not None:
             raise ValueError("Name the number of filters or a budget, not both.")
+        wanted = Budget(self.network, self.images, **budget)
         most = sum(self._spare(self.network).values())
-        wanted = Budget(self.model, self.images, **budget)
-        return lowest(wanted.fewest(lambda count: remove(self.network, lowest(count)).model, most))
+        wanted.check(remove(self.network, lowest(most)))
+
+        def small_enough(count: int) -> bool:
+            return wanted.holds(remove(self.network, lowest(count)))
+
+        return lowest(bisect_left(range(most), True, key=small_enough))
 
     def prune(self, n: int | None = None, **budget: float) -> nn.Module:
         """Return a new network without the filters that ``select`` names.

@@ -1,11 +1,9 @@
-"""The runs in MLflow: where they are kept, and how they are logged, found and read.
-
-``mlflow`` is imported where it is used, because the import takes two seconds.
-"""
+"""The runs in MLflow: where they are kept, and how they are logged, found and read."""
 
 import copy
 import errno
 import hashlib
+import importlib
 import itertools
 import logging
 import math
@@ -15,12 +13,9 @@ import shlex
 import shutil
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -38,8 +33,8 @@ from cnn_pruning.experiments.ranks import first_alone
 from cnn_pruning.measure import count_parameters
 
 if TYPE_CHECKING:
-    import mlflow
     from matplotlib.figure import Figure
+    from mlflow import ActiveRun
     from mlflow.data.numpy_dataset import NumpyDataset
 
 EXPERIMENT = "cnn-pruning"
@@ -56,6 +51,20 @@ PATIENCE = {
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
 }
 ONE_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+QUIET = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # each file would have one
+    "MLFLOW_UV_AUTO_DETECT": "false",  # would log a lock file as well
+}
+
+
+class _AtFirstUse:
+    """``mlflow``, imported when something of it is used, because that takes two seconds."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(importlib.import_module("mlflow"), name)
+
+
+mlflow = _AtFirstUse()
 
 
 class NotRecorded(OSError):
@@ -70,14 +79,18 @@ def _default_uri() -> str:
 
 
 def _check_answer(uri: str) -> None:
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
     try:
-        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=ANSWER_WITHIN).close()
-    except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            return  # it refuses this page, but it answers
+        settings = {"max_retries": 0, "retry_codes": (), "timeout": ANSWER_WITHIN}
+        answer = http_request(get_default_host_creds(uri), "/health", "GET", **settings)
+        if answer.status_code >= 500:  # below, it refuses this page, but it answers
+            raise mlflow.MlflowException(f"{answer.status_code} {answer.reason}")
+    except mlflow.MlflowException as error:
         raise ConnectionError(
-            f"The MLflow server at MLFLOW_TRACKING_URI={uri} does not answer ({error}): start it, "
-            "or unset MLFLOW_TRACKING_URI to use the file mlflow.db."
+            f"The MLflow server at MLFLOW_TRACKING_URI={uri} does not answer ({_reason(error)}): "
+            "start it, or unset MLFLOW_TRACKING_URI to use the file mlflow.db."
         ) from error
 
 
@@ -92,7 +105,7 @@ def _folder_of_this_machine(uri: str) -> Path:
     """
     if path := _sqlite_path(uri):
         return Path(f"{path}.running")
-    _, _, server = uri.partition("://")[2].rpartition("@")  # without the password
+    server = uri.partition("://")[2].rpartition("@")[2]  # without the password
     home = next(p for p in (Path.home(), Path(tempfile.gettempdir())) if os.access(p, os.W_OK))
     return home / ".cnn-pruning" / quote(server, safe="")
 
@@ -105,12 +118,10 @@ def _make_database(path: Path, files: str) -> None:
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix="mlflow.db-", ignore_cleanup_errors=True
-    ) as folder:
+    beside = {"dir": path.parent, "prefix": "mlflow.db-", "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**beside) as folder:
         new = Path(folder) / path.name
-        store = SqlAlchemyStore(SQLITE + new.as_posix(), files)
-        store.engine.dispose()  # closes the file
+        SqlAlchemyStore(SQLITE + new.as_posix(), files).engine.dispose()  # closes the file
         new.replace(path)
 
 
@@ -130,16 +141,10 @@ def connect() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or default
     if uri.startswith(SERVER):
         _check_answer(uri)
-
-    import mlflow
-
-    # The first use of a database reports on each of its tables, and each artifact has a bar.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store").setLevel(logging.WARNING)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # would log a lock file as well
-    for name, value in PATIENCE.items():
+    for name, value in {**PATIENCE, **QUIET}.items():
         os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow.store"):  # a new database reports on each of its tables
+        logging.getLogger(name).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     path, folder = _sqlite_path(uri), _folder_of_this_machine(uri)
     try:
@@ -160,6 +165,16 @@ def connect() -> str:
         raise ValueError(f"MLflow can't keep its runs at {place} ({_reason(error)}).") from error
 
 
+def _mark_as_killed(run_id: str) -> None:
+    client = mlflow.MlflowClient()
+    try:
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
 def _reason(error: BaseException) -> str:
     """What ``error`` comes down to, short enough for a part of a sentence."""
     line = " ".join(str(error).split("\n")[0].split()).rstrip(".")
@@ -168,18 +183,15 @@ def _reason(error: BaseException) -> str:
     return (line if len(line) < 200 else f"{line[:200]}...") or type(error).__name__
 
 
-def where_to_look(active: "mlflow.ActiveRun") -> str:
+def where_to_look(active: "ActiveRun") -> str:
     """Return two lines: how to see the runs in a browser, and which run this is and where."""
-    import mlflow
-
     uri = mlflow.get_tracking_uri()
     # Without the last part, MLflow opens on a page for language models, which is empty here.
     page = f"#/experiments/{active.info.experiment_id}/runs"
     if uri.startswith(SERVER):
         how = f"open {uri.rstrip('/')}/{page}"
-    elif uri == _default_uri():
-        how = f"type `uv run mlflow ui` in {ROOT} and open http://127.0.0.1:5000/{page}"
     else:
+        at = f"in {ROOT}" if uri == _default_uri() else ""
         command = f"uv run mlflow ui --backend-store-uri {shlex.quote(uri)}"
         how = f"type `{command}` and open http://127.0.0.1:5000/{page}"
     return f"To see the runs, {how}\nMLflow run {active.info.run_id}, in {uri}"
@@ -192,17 +204,16 @@ def title(settings: Mapping[str, object]) -> str:
     """Return a name for a parent run that tells it from others: the time, then its settings. The
     time is first because MLflow's list cuts long names.
     """
-    said = {
-        name: "-".join(map(str, value)) if isinstance(value, Sequence) else value
+    said = (
+        f"{name} {'-'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for name, value in settings.items()
-    }
-    listed = ", ".join(f"{name} {value}" for name, value in said.items())
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {listed}"
+    )
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {', '.join(said)}"
 
 
 @first_alone
 @contextmanager
-def run(name: str, parent: str | None = None) -> "Iterator[mlflow.ActiveRun]":
+def run(name: str, parent: str | None = None) -> Iterator["ActiveRun"]:
     """Start an MLflow run called ``name`` for the block.
 
     It stands under the run with the id ``parent``, or else under the active run, if there is one.
@@ -213,8 +224,6 @@ def run(name: str, parent: str | None = None) -> "Iterator[mlflow.ActiveRun]":
 
     Raises ``NotRecorded`` if MLflow fails: its server is gone, for example, or the disk is full.
     """
-    import mlflow
-
     with signals_interrupt():
         with _failing_to(f"start the run {name!r}"):
             name = _free_name(name, parent)
@@ -225,23 +234,19 @@ def run(name: str, parent: str | None = None) -> "Iterator[mlflow.ActiveRun]":
 
 
 def _free_name(name: str, parent: str | None) -> str:
-    import mlflow
-
     if parent is None:
         return name
     experiment = mlflow.get_run(parent).info.experiment_id
     under = f"tags.`mlflow.parentRunId` = '{parent}'"
-    taken = mlflow.search_runs([experiment], under, output_format="list")
-    taken = {each.info.run_name for each in taken}
-    numbered = (f"{name} {number}" for number in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbered) if each not in taken)
+    found = mlflow.search_runs([experiment], under, output_format="list")
+    taken = {each.info.run_name for each in found}
+    names = itertools.chain([name], (f"{name} {number}" for number in itertools.count(2)))
+    return next(each for each in names if each not in taken)
 
 
 @contextmanager
-def _ended(active: "mlflow.ActiveRun", name: str) -> Iterator[None]:
+def _ended(active: "ActiveRun", name: str) -> Iterator[None]:
     """The run ends with the block, and a lock says until then that it is alive."""
-    import mlflow
-
     run_id = active.info.run_id
     lock = hold(_folder_of_this_machine(mlflow.get_tracking_uri()), run_id)
     ended = True
@@ -266,9 +271,8 @@ def _ended(active: "mlflow.ActiveRun", name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _failing_to(what: str, active: "mlflow.ActiveRun | None" = None) -> Iterator[None]:
+def _failing_to(what: str, active: "ActiveRun | None" = None) -> Iterator[None]:
     """Turn into ``NotRecorded`` whatever keeps MLflow from recording, and no other error."""
-    import mlflow
     from requests import RequestException
 
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -283,30 +287,9 @@ def _failing_to(what: str, active: "mlflow.ActiveRun | None" = None) -> Iterator
         raise
 
 
-def _mark_as_killed(run_id: str) -> None:
-    import mlflow
-
-    client = mlflow.MlflowClient()
-    try:
-        if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, "KILLED")
-    except mlflow.MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-
-
 def parent_of(run_id: str) -> str | None:
     """Return the id of the run that the run ``run_id`` stands under, or None."""
-    import mlflow
-
     return mlflow.get_run(run_id).data.tags.get("mlflow.parentRunId")
-
-
-def _described(data: TensorDataset, name: str) -> "NumpyDataset":
-    import mlflow
-
-    images, labels = (tensor.numpy() for tensor in data.tensors)
-    return mlflow.data.from_numpy(images, targets=labels, name=name)
 
 
 def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) -> list[str]:
@@ -315,8 +298,6 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) 
     They are runs whose stage was named by ``set_stage``, whose parameters have the values in
     ``settings``, and to which each of ``data`` was logged by ``log_data``.
     """
-    import mlflow
-
     conditions = [
         f"tags.stage = '{stage}'",
         "attributes.status = 'FINISHED'",
@@ -332,30 +313,29 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) 
     return [each.info.run_id for each in found]
 
 
+def metric(run_id: str, name: str) -> float:
+    """Return the metric ``name`` of a run as it was logged last, NaN if it wasn't."""
+    return mlflow.get_run(run_id).data.metrics.get(name, math.nan)
+
+
 # What is logged to the active run; of several processes that work together, by the first
 
 
 @first_alone
 def set_stage(stage: str) -> None:
     """Name the stage of the experiment, by which ``find_runs`` finds the active run."""
-    import mlflow
-
     mlflow.set_tag("stage", stage)
 
 
 @first_alone
 def log_settings(settings: Mapping[str, object]) -> None:
     """Log settings, by name, as parameters."""
-    import mlflow
-
     mlflow.log_params(dict(settings))
 
 
 @first_alone
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Log numbers, by name, as metrics; ``step`` is the epoch or the removal they belong to."""
-    import mlflow
-
     mlflow.log_metrics(dict(metrics), step)
 
 
@@ -364,8 +344,6 @@ def log_result(model: CNN, metrics: Mapping[str, float]) -> None:
     """Log ``metrics`` and the size of ``model`` to the active run and to the one it stands under,
     which so has the results of its newest network.
     """
-    import mlflow
-
     size = {"filters": sum(model.channels), "parameters": count_parameters(model)}
     active = mlflow.active_run()
     for run_id in (active.info.run_id, active.data.tags.get("mlflow.parentRunId")):
@@ -373,54 +351,44 @@ def log_result(model: CNN, metrics: Mapping[str, float]) -> None:
             mlflow.log_metrics({**metrics, **size}, run_id=run_id)
 
 
-def metric(run_id: str, name: str) -> float:
-    """Return the metric ``name`` of a run as it was logged last, NaN if it wasn't."""
-    import mlflow
-
-    return mlflow.get_run(run_id).data.metrics.get(name, math.nan)
-
-
 @first_alone
 def log_data(data: TensorDataset, name: str) -> None:
     """Log what a data set is, not its examples: name, shapes, and a digest of the values."""
-    import mlflow
-
     mlflow.log_input(_described(data, name), context=name)
+
+
+def _described(data: TensorDataset, name: str) -> "NumpyDataset":
+    images, labels = (tensor.numpy() for tensor in data.tensors)
+    return mlflow.data.from_numpy(images, targets=labels, name=name)
 
 
 @first_alone
 def log_dict(values: dict, path: str) -> None:
     """Log ``values`` as a JSON file."""
-    import mlflow
-
     mlflow.log_dict(values, path)
 
 
 @first_alone
 def log_figure(figure: "Figure", path: str) -> str:
     """Log a figure as a PNG file; return where it is, a path on this machine or an address."""
-    import mlflow
-
     mlflow.log_figure(figure, path)
-    place, uri = mlflow.get_artifact_uri(path), mlflow.get_tracking_uri()
+    uri, active = mlflow.get_tracking_uri(), mlflow.active_run().info
     if uri.startswith(SERVER):
-        run = mlflow.active_run().info
-        return f"{uri.rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts"
-    return urllib.request.url2pathname(place.removeprefix("file://"))
+        page = f"#/experiments/{active.experiment_id}/runs/{active.run_id}/artifacts"
+        return f"{uri.rstrip('/')}/{page}"
+    return mlflow.artifacts.download_artifacts(mlflow.get_artifact_uri(path))
 
 
 # Networks
 
 
-def _kept(active: "mlflow.ActiveRun") -> Path:
+def _kept(active: "ActiveRun") -> Path:
     """Where the network of a run lies on this machine until MLflow has it."""
-    import mlflow
-
     folder = _folder_of_this_machine(mlflow.get_tracking_uri())
     return folder / active.info.run_id / "network.pt"
 
 
-def _lies_in(active: "mlflow.ActiveRun") -> str:
+def _lies_in(active: "ActiveRun") -> str:
     return f", but its network lies in {_kept(active)}" if _kept(active).exists() else ""
 
 
@@ -430,8 +398,6 @@ def keep_network(model: CNN) -> Path:
 
     There it stays if the active run is cut off. ``read_network`` reads it.
     """
-    import mlflow
-
     path = _kept(mlflow.active_run())
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name("half")
@@ -446,8 +412,6 @@ def keep_network(model: CNN) -> Path:
 @first_alone
 def log_network(model: CNN) -> None:
     """Log the summary of ``model``, its channels and weights, and the digest of their file."""
-    import mlflow
-
     path = keep_network(model)
     device = next(model.parameters()).device
     counted = summary(model, (1, *model.IMAGE_SHAPE), verbose=0, device=device)
@@ -463,13 +427,9 @@ def load_network(run_id: str) -> CNN:
     Raises ``mlflow.MlflowException`` if the run or its network doesn't exist, and ``ValueError`` if
     the file isn't the one that was logged.
     """
-    import mlflow
-
     digest = mlflow.get_run(run_id).data.tags.get(DIGEST)
     with tempfile.TemporaryDirectory() as folder:
-        path = mlflow.artifacts.download_artifacts(
-            run_id=run_id, artifact_path="network.pt", dst_path=folder
-        )
+        path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/network.pt", dst_path=folder)
         if _sha256(path) != digest:
             raise ValueError("Its file is not the one that was logged: the SHA-256 sums differ.")
         return read_network(path)
@@ -492,8 +452,7 @@ def read_network(path: str | Path) -> CNN:
 
 
 def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @first_alone
@@ -503,8 +462,6 @@ def log_model(model: CNN, images: Tensor) -> None:
     ``images`` are at least two examples, float32 (N, 1, 28, 28). They show MLflow what the model
     takes and returns. The logged model takes any number of images.
     """
-    import mlflow
-
     example = images.numpy()
     model = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():
@@ -529,7 +486,5 @@ def predict(run_id: str, images: Tensor) -> Tensor:
     ``images`` are float32 (N, 1, 28, 28). Raises ``mlflow.MlflowException`` if ``log_model`` logged
     no model to the run.
     """
-    import mlflow
-
     model = mlflow.pyfunc.load_model(f"runs:/{run_id}/model")
     return torch.from_numpy(model.predict(images.numpy())).argmax(1)

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from torchvision.datasets import FashionMNIST
 
 from cnn_pruning.experiments.paths import ROOT, locked_folder
-from cnn_pruning.experiments.ranks import Shared, own
+from cnn_pruning.experiments.ranks import Shared, is_empty_part, of_all, own
 from cnn_pruning.network.checks import integer, shown
 from cnn_pruning.network.passes import Inputs
 
@@ -167,12 +167,16 @@ def epoch(
 
 
 def few_images(data: Dataset | Inputs, count: int = 2) -> Inputs:
-    """Return the first images of a dataset, or of a batch of images. Raises as ``batches`` does."""
+    """Return the first images of a dataset, or of a batch of images. Raises as ``batches`` does.
+
+    Where several ranks share the data, they all get the first images of one of them.
+    """
     if isinstance(data, Tensor) and data.dim() > 1:
         return data[:count]
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
         return [x[:count] for x in data]
-    return next(iter(batches(own(data), count)))[0]
+    images = next(iter(batches(own(data), count)))[0] if not is_empty_part(data) else None
+    return next(x for x in of_all(data, images) if x is not None)
 
 
 def _collate(items: list) -> list:

@@ -90,7 +90,17 @@ def own(data: Dataset) -> Dataset:
     return data.data if isinstance(data, Shared) else data
 
 
+def is_empty_part(data: Dataset) -> bool:
+    """Whether this process has nothing of shared data."""
+    return isinstance(data, Shared) and not data.whole and not len(data.data) and len(data) > 0
+
+
 # What the ranks share
+
+
+def of_all(data: Dataset, value: object) -> list:
+    """Return the ``value`` of every rank, in their order, or [value] if ``data`` aren't shared."""
+    return _of_all(value) if isinstance(data, Shared) else [value]
 
 
 def gathered(data: Dataset, model: nn.Module, value: object) -> list:

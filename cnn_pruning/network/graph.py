@@ -8,7 +8,8 @@ Source: the dependency graph of Fang et al. 2023 (arXiv 2301.12900).
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 import torch
@@ -16,21 +17,18 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
 from cnn_pruning.network.checks import first_line
 from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, Group, Part
 from cnn_pruning.network.passes import Inputs, UnreadableError, outputs_of, training_flags
-from cnn_pruning.network.removal import is_depthwise
+from cnn_pruning.network.removal import is_depthwise, size_name
 
 MAPPINGS = {
-    OPTYPE.CONCAT: index_mapping.update_concat_index_mapping,
-    OPTYPE.SPLIT: index_mapping.update_split_index_mapping,
-    OPTYPE.RESHAPE: index_mapping.update_reshape_index_mapping,
-    OPTYPE.UNBIND: index_mapping.update_unbind_index_mapping,
-    OPTYPE.EXPAND: index_mapping.update_expand_index_mapping,
-    OPTYPE.SLICE: index_mapping.update_slice_index_mapping,
+    OPTYPE[kind.upper()]: getattr(index_mapping, f"update_{kind}_index_mapping")
+    for kind in ("concat", "split", "reshape", "unbind", "expand", "slice")
 }
 NORMS = BATCH_NORM | nn.modules.instancenorm._InstanceNorm | nn.PReLU | nn.GroupNorm
 HARMLESS = set(
@@ -53,76 +51,20 @@ class _Images(BATCH_NORM):
         return images.clone()
 
 
-class _Whole(nn.Module):
-    def __init__(self, network: nn.Module, inputs: list[Tensor]) -> None:
-        super().__init__()
-        images = [x.dim() > 1 and x.is_floating_point() for x in inputs]
-        self.images = nn.ModuleList(
-            _Images(x.shape[1], affine=False) if image else nn.Identity()
-            for x, image in zip(inputs, images, strict=True)
-        )
-        self.network = network
-
-    def forward(self, inputs: list[Tensor]) -> object:
-        inputs = [layer(x) for layer, x in zip(self.images, inputs, strict=True)]
-        return outputs_of(self.network, inputs)
-
-
 def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dict[str, str]]:
-    """Return the groups of ``traced``, a copy that may be changed, and why others can't go."""
-    inputs = [x.clone() for x in tree_leaves(images)]
-    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
-    evaluated, trained = (makers(traced, images, mode) for mode in (False, True))
-    for name in evaluated.keys() & trained.keys():
-        if evaluated[name] and evaluated[name] != trained[name] != "":
+    """Return the groups of ``traced``, a copy that may be changed, and why others can't go.
+
+    Raises ``TypeError`` if it can't be read at all.
+    """
+    evaluated, trained = (_layers_used(traced, images, mode) for mode in (False, True))
+    for name, maker in evaluated.items():
+        if maker and maker != trained.get(name, maker) != "":
             raise TypeError(
                 f"In training, {name} takes what {trained[name]} puts out, but in evaluation what "
-                f"{evaluated[name]} does: only dropout and batch norm may differ."
+                f"{maker} does: only dropout and batch norm may differ."
             )
-    modes = [False, True] if trained.keys() - evaluated.keys() else [False]
-    _register_buffers(traced)
-    traced.requires_grad_()
-    # A PReLU with one slope has no channels. As a layer of the graph it would tie those of all the
-    # places where it is used, and the graph would take its slope for the maps.
-    plain = [m for m in traced.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]
-    nn.ModuleList(plain).requires_grad_(False)
-
-    def forward(whole: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-        found = []
-        for mode in modes:  # layers that are used in training alone are tied, too
-            whole.train(mode)
-            found += [y for y in floats_in(whole(inputs)) if y.grad_fn is not None]
-        # Only outputs that aren't a layer's are marked as the network's, so here are clones.
-        return [output.clone() for output in found]
-
-    names = {layer: name for name, layer in traced.named_modules()}
-    names |= {parameter: name for name, parameter in traced.named_parameters()}
-    own = [(p, _axis_of(p)) for name, p in traced.named_parameters() if _is_own(traced, name)]
-    graph = torch_pruning.DependencyGraph()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            graph.build_dependency(
-                _Whole(traced, inputs),
-                inputs,
-                forward_fn=forward,
-                unwrapped_parameters=[(p, axis) for p, axis in own if axis is not None],
-                ignored_layers=plain,
-                verbose=False,
-            )
-        except Exception as error:  # often of one operation that it can't map: see below
-            if not hasattr(graph, "module2node"):
-                raise TypeError(
-                    f"{type(traced).__name__} can't be read ({first_line(error)})."
-                ) from error
-        for node in graph.module2node.values():
-            if "Checkpoint" in (node.grad_fn.name() if node.grad_fn is not None else ""):
-                raise TypeError(
-                    f"{type(traced).__name__} uses gradient checkpointing with use_reentrant=True, "
-                    "behind which nothing can be read: switch it off."
-                )
-        broken = {node for node in graph.module2node.values() if not _mapped(graph, node)}
-    reader = _Reader(traced, graph, names, broken)
+    graph = _graph(traced, images, both=bool(trained.keys() - evaluated.keys()))
+    reader = _Reader(traced, graph)
     groups, left_out, seen = {}, {}, set()
     for name in dict.fromkeys((*evaluated, *trained)):
         layer = traced.get_submodule(name)
@@ -137,20 +79,8 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
     return groups, left_out
 
 
-def _mapped(graph, node) -> bool:
-    """Whether Torch-Pruning can say what an operation does to channels."""
-    update = MAPPINGS.get(node.type)
-    try:
-        if update:
-            update(graph, node)
-        return True
-    except Exception:
-        return False
-
-
-def makers(network: nn.Module, images: Inputs, training: bool) -> dict[str, str]:
-    """The names of the layers without layers inside, in the order of use, and what function, but
-    dropout, made what each takes.
+def _layers_used(network: nn.Module, images: Inputs, training: bool) -> dict[str, str]:
+    """The layers without layers inside, in the order of use, and what function made their input.
 
     In training, a network that can't take these few images uses none.
     """
@@ -163,9 +93,8 @@ def makers(network: nn.Module, images: Inputs, training: bool) -> dict[str, str]
                     used.setdefault(name, getattr(next(iter(inputs), None), "_maker", ""))
 
                 stack.callback(layer.register_forward_pre_hook(record).remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(training_flags(network))
-        stack.enter_context(_Makers(training))
+        for context in (torch.no_grad(), training_flags(network), _Makers(training)):
+            stack.enter_context(context)
         network.train(training)
         try:
             outputs_of(network, images)
@@ -177,8 +106,8 @@ def makers(network: nn.Module, images: Inputs, training: bool) -> dict[str, str]
 
 
 class _Makers(TorchFunctionMode):
-    """Notes on each tensor what function made it. In evaluation, dropout and what depends on the
-    values in a tensor are errors: for other images, something else might be computed.
+    """Notes on each tensor what function, but dropout, made it. In evaluation, dropout and what
+    depends on the values in a tensor are errors: other images might take another way.
     """
 
     def __init__(self, training: bool) -> None:
@@ -205,108 +134,168 @@ class _Makers(TorchFunctionMode):
         return output
 
 
-class _Reader:
-    """Follows the channels of one convolution through the graph."""
+def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.DependencyGraph:
+    """Torch-Pruning's graph of evaluation, or of ``both`` modes: then layers that are used in
+    training alone are tied, too.
+    """
+    for layer in traced.modules():  # the graph sees parameters: make one's own buffers such
+        for name, value in [*layer._buffers.items()]:
+            if not isinstance(layer, NORMS) and value is not None and value.is_floating_point():
+                del layer._buffers[name]
+                layer.register_parameter(name, nn.Parameter(value))
+    traced.requires_grad_()
+    # A PReLU with one slope has no channels. As a layer of the graph it would tie those of all the
+    # places where it is used, and the graph would take its slope for the maps.
+    plain = [m for m in traced.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]
+    nn.ModuleList(plain).requires_grad_(False)
+    own = {
+        parameter: _axis_of(parameter)
+        for layer in traced.modules()
+        for parameter in layer.parameters(recurse=False)
+        if not isinstance(layer, CONV | nn.Linear | NORMS)
+    }
+    inputs = [x.clone() for x in tree_leaves(images)]
+    first = [
+        _Images(x.shape[1], affine=False)
+        if x.is_floating_point() and x.dim() > 1
+        else nn.Identity()
+        for x in inputs
+    ]
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
 
-    def __init__(self, traced: nn.Module, graph, names: dict, broken: dict) -> None:
-        self.traced, self.graph, self.names, self.broken = traced, graph, names, broken
-        sizes = [size for p in traced.parameters() for size in p.shape]
+    def forward(whole: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+        found = []
+        for training in (False, True) if both else (False,):
+            traced.train(training)
+            taken = [layer(x) for layer, x in zip(first, inputs, strict=True)]
+            found += [y for y in floats_in(outputs_of(traced, taken)) if y.grad_fn is not None]
+        # Only outputs that aren't a layer's are marked as the network's, so here are clones.
+        return [output.clone() for output in found]
+
+    graph = torch_pruning.DependencyGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            graph.build_dependency(
+                nn.ModuleList([*first, traced]),
+                inputs,
+                forward_fn=forward,
+                unwrapped_parameters=[(p, axis) for p, axis in own.items() if axis is not None],
+                ignored_layers=plain,
+                verbose=False,
+            )
+        except Exception as error:  # often of one operation, which ``_Reader`` finds again
+            if not hasattr(graph, "module2node"):
+                name = type(traced).__name__
+                raise TypeError(f"{name} can't be read ({first_line(error)}).") from error
+    if any("checkpoint" in _named(node) for node in graph.module2node.values()):
+        raise TypeError(
+            f"{type(traced).__name__} uses gradient checkpointing with use_reentrant=True, behind "
+            "which nothing can be read: switch it off."
+        )
+    return graph
+
+
+def _axis_of(parameter: Tensor) -> int | None:
+    """The axis that holds channels: axis 1 of (1, C, H, W), else the last that is longer than 1."""
+    if parameter.dim() == 4 and len(parameter) == 1 and parameter.shape[1] > 1:
+        return 1
+    longer = [axis for axis, size in enumerate(parameter.shape) if size > 1]
+    return longer[-1] if longer else None
+
+
+class _Reader:
+    """Follows the channels of one layer after the other through the graph."""
+
+    def __init__(self, traced: nn.Module, graph: torch_pruning.DependencyGraph) -> None:
+        self.traced, self.graph = traced, graph
+        self.names = {layer: name for name, layer in traced.named_modules()}
+        self.names |= {parameter: name for name, parameter in traced.named_parameters()}
+        self.uses = Counter(
+            value
+            for layer in traced.modules()
+            for value in (*layer._parameters.values(), *layer._buffers.values())
+            if value is not None
+        )
+        sizes = [size for parameter in traced.parameters() for size in parameter.shape]
         self.most = 2 * max(sizes, default=0)  # more channels are a sign of a misread operation
-        owners: dict[Tensor, list[nn.Module]] = {}
-        for layer in traced.modules():
-            for value in (*layer._parameters.values(), *layer._buffers.values()):
-                if value is not None:
-                    owners.setdefault(value, []).append(layer)
-        self.shared = {m for layers in owners.values() if len(layers) > 1 for m in layers}
+        self.broken = set()
+        for node in graph.module2node.values():
+            try:
+                MAPPINGS.get(node.type, lambda *_: None)(graph, node)
+            except Exception:  # Torch-Pruning can't say what this operation does to channels
+                self.broken.add(node)
 
     def group(self, name: str, layer: nn.Module) -> tuple[Group, set[nn.Module]]:
-        """The group of a convolution's filters, and the layers whose channels are all in it."""
-        node = self.graph.module2node.get(layer)
-        if node is None:
+        """The group of a layer's filters, and the layers whose channels are all in it."""
+        if layer not in self.graph.module2node:
             raise _Obstacle(
                 "no gradient comes back from the outputs to it: it runs under torch.no_grad(), in "
                 "gradient checkpointing or before a detach() in forward, or its output isn't used"
             )
-        size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        found, owner = self._follow(node, size)
+        size = getattr(layer, size_name(layer, "out"))
+        found, owner = self._follow(self.graph.module2node[layer], size)
+        operations = {_named(node) for node, _ in found if node.module not in self.names}
+        passed = tuple(sorted(operations - HARMLESS))
         if any(isinstance(node.module, _OutputOp) for node, _ in found):
             taken = any(side == "in" and node.module in self.names for node, side in found)
             raise _Obstacle(IN_OUTPUTS + ", too" * taken)
-        passed = {self._named(node) for node, _ in found if node.module not in self.names}
-        passed = tuple(sorted(passed - HARMLESS))
         classes = sorted({owner(k) for k in range(size)})
         number = {k: i for i, k in enumerate(classes)}
         parts, together = [], set()
-        for (node, side), channels in found.items():
-            part = self._part(node, side, sorted(channels), passed)
-            if part is None:  # an operation
-                continue
-            owners = torch.tensor([number[owner(channels[c])] for c in part.channels.tolist()])
-            if len(set(torch.bincount(owners, minlength=len(classes)).tolist())) > 1:
-                raise _Obstacle(counts_on_them(passed))
-            parts.append(Part(part.name, part.side, part.channels, owners, part.axis))
-            if side == "out":
-                together.add(node.module)
+        for (node, side), known in found.items():
+            if node.module in self.names:  # and not an operation
+                channels = sorted(known)
+                owners = torch.tensor([number[owner(known[c])] for c in channels])
+                part = self._part(node, side, torch.tensor(channels), owners)
+                if part is None or len(set(owners.bincount(minlength=len(classes)).tolist())) > 1:
+                    raise _Obstacle(counts_on_them(passed))
+                parts.append(part)
+                together |= {node.module} if side == "out" else set()
         parts.sort(key=lambda part: (part.name != name, part.side == "in"))
         return Group(len(classes), tuple(parts), passed), together
 
-    def _follow(self, root, size: int):
-        """All (node, side) that are tied to the channels of ``root``, and who owns each channel."""
+    def _follow(self, root, size: int) -> tuple[dict[tuple, dict[int, int]], Callable[[int], int]]:
+        """All (layer or operation, side) that the filters of ``root`` are tied to, with the filter
+        that each channel there goes with; and which filter speaks for all that go together.
+        """
         leader = list(range(size))
 
         def owner(k: int) -> int:
             while leader[k] != k:
-                leader[k] = leader[leader[k]]
                 k = leader[k]
             return k
 
-        index = torch_pruning._helpers._HybridIndex
         found: dict[tuple, dict[int, int]] = {}
-        stack = [(root, "out", [index(idx=k, root_idx=k) for k in range(size)])]
+        stack = [(root, "out", [_HybridIndex(idx=k, root_idx=k) for k in range(size)])]
         while stack:
             node, side, pairs = stack.pop()
-            known = found.setdefault((node, side), {})
-            tied = self._tied(node, side)
-            new = []
+            self._check(node)
+            known, new = found.setdefault((node, side), {}), []
             for pair in pairs:
-                for channel in tied(pair.idx):
+                for channel in _tied(node.module, side, pair.idx):
                     if channel in known:
                         one, other = sorted((owner(known[channel]), owner(pair.root_idx)))
                         leader[other] = one
                     else:
                         known[channel] = pair.root_idx
-                        new.append(index(idx=channel, root_idx=pair.root_idx))
+                        new.append(_HybridIndex(idx=channel, root_idx=pair.root_idx))
             if len(known) > self.most:
-                raise _Obstacle(f"{self._named(node)} mixes them")
-            if not new:
-                continue
-            self._check(node)
+                raise _Obstacle(f"{_named(node)} mixes them")
             pruner = self.graph.get_pruner_of_module(node.module)
             trigger = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
-            for dependency in node.dependencies:
+            for dependency in node.dependencies if new else ():
                 if dependency.is_triggered_by(trigger):
                     pairs = new
                     try:
-                        for mapping in dependency.index_mapping:
-                            pairs = mapping(pairs) if mapping is not None else pairs
+                        for mapping in filter(None, dependency.index_mapping):
+                            pairs = mapping(pairs)
                     except IndexError:
-                        raise _Obstacle(f"{self._named(node)} mixes them") from None
+                        raise _Obstacle(f"{_named(node)} mixes them") from None
                     if pairs:
                         out = self.graph.is_out_channel_pruning_fn(dependency.handler)
                         stack.append((dependency.target, "out" if out else "in", pairs))
         return found, owner
-
-    def _tied(self, node, side: str):
-        """What channels of a layer must go together, as a function of one of them."""
-        layer = node.module
-        if isinstance(layer, CONV) and layer.groups > 1 and not is_depthwise(layer):
-            size = layer.out_channels if side == "out" else layer.in_channels
-            each = size // layer.groups  # each of the groups must lose the same
-            return lambda channel: range(channel % each, size, each)
-        if isinstance(layer, nn.GroupNorm):
-            each = layer.num_channels // layer.num_groups
-            return lambda channel: range(channel - channel % each, channel - channel % each + each)
-        return lambda channel: (channel,)
 
     def _check(self, node) -> None:
         """Raise ``_Obstacle`` for what can't lose channels."""
@@ -314,41 +303,48 @@ class _Reader:
         if isinstance(layer, _Images):
             raise _Obstacle("their maps are added to the images")
         if node in self.broken:
-            raise _Obstacle(f"{self._named(node)} mixes them")
-        if not isinstance(layer, nn.Module) or layer not in self.names:
+            raise _Obstacle(f"{_named(node)} mixes them")
+        if layer not in self.names:
             return
-        name, kind = self.names[layer], type(layer).__name__
-        if not isinstance(layer, CONV | nn.Linear | NORMS):
-            raise _Obstacle(f"{name} is a {kind}, which uses several channels at once")
-        if layer in self.shared:
+        name = self.names[layer]
+        if isinstance(layer, nn.Parameter):
+            name = name.rpartition(".")[0]
+            layer = self.traced.get_submodule(name)
+            known = not type(layer).__module__.startswith("torch.nn.")
+        else:
+            known = isinstance(layer, CONV | nn.Linear | NORMS)
+        if not known:
+            raise _Obstacle(f"{name} is a {type(layer).__name__}, which needs all of them")
+        if any(self.uses[value] > 1 for value in layer.parameters(recurse=False)):
             raise _Obstacle(f"{name} shares a weight with another layer")
-        if hasattr(layer, "parametrizations") or "weight" not in layer._parameters:
+        if isinstance(node.module, CONV | nn.Linear | NORMS) and "weight" not in layer._parameters:
             raise _Obstacle(
                 f"{name} has a weight that is computed from others (use remove_parametrizations)"
             )
 
-    def _part(self, node, side: str, channels: list[int], passed: tuple[str, ...]) -> Part | None:
-        layer = node.module
-        if layer not in self.names:
-            return None
-        name, owners = self.names[layer], torch.empty(0)
+    def _part(self, node, side: str, channels: Tensor, owners: Tensor) -> Part | None:
+        """The part of a group that a layer or parameter is, None if these can't be its channels."""
+        layer, name = node.module, self.names[node.module]
         if isinstance(layer, nn.Parameter):
-            parent = self.traced.get_submodule(name.rpartition(".")[0])
-            if type(parent).__module__.startswith("torch.nn."):
-                raise _Obstacle(f"{self.names[parent]} is a {type(parent).__name__}")
-            size, side = layer.shape[node.pruning_dim], ""
-        elif isinstance(layer, NORMS):
-            size = len(next(iter(layer.parameters()), channels))
-        elif isinstance(layer, nn.Linear):
-            size = layer.in_features if side == "in" else layer.out_features
+            part = Part(name, "", channels, owners, node.pruning_dim)
+            size = layer.shape[node.pruning_dim]
         else:
-            size = layer.in_channels if side == "in" else layer.out_channels
-        if channels[-1] >= size or (side != "in" and len(channels) < size):
-            raise _Obstacle(counts_on_them(passed))
-        return Part(name, side, torch.tensor(channels), owners, node.pruning_dim if not side else 0)
+            part = Part(name, side, channels, owners)
+            size = getattr(layer, size_name(layer, side))
+        all_there = side == "in" or len(channels) == size
+        return part if all_there and channels[-1] < size else None
 
-    def _named(self, node) -> str:
-        return operation(node.grad_fn) if node.grad_fn is not None else "an operation"
+
+def _tied(layer: object, side: str, channel: int) -> Iterable[int]:
+    """The channels of a layer that must go together with one of them."""
+    if isinstance(layer, CONV) and layer.groups > 1 and not is_depthwise(layer):
+        size = getattr(layer, size_name(layer, side))
+        each = size // layer.groups  # each of the groups must lose the same
+        return range(channel % each, size, each)
+    if isinstance(layer, nn.GroupNorm):
+        each = layer.num_channels // layer.num_groups
+        return range(channel - channel % each, channel - channel % each + each)
+    return (channel,)
 
 
 def counts_on_them(passed: Iterable[str]) -> str:
@@ -357,34 +353,12 @@ def counts_on_them(passed: Iterable[str]) -> str:
     return said + " (write torch.flatten(x, 1) instead of a fixed width)" * ("view" in passed)
 
 
-def operation(grad_fn: object) -> str:
+def _named(node) -> str:
     """The operation that made a tensor, by the name that PyTorch's users know."""
-    name = re.sub(r"Backward\d*$", "", grad_fn.name().rpartition("::")[2])
+    if node.grad_fn is None:
+        return "an operation"
+    name = re.sub(r"Backward\d*$", "", node.grad_fn.name().rpartition("::")[2])
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().removeprefix("unsafe_")
-
-
-def _is_own(network: nn.Module, name: str) -> bool:
-    """Whether a parameter is one of the user's own, and not of a layer that the graph knows."""
-    return not isinstance(network.get_submodule(name.rpartition(".")[0]), CONV | nn.Linear | NORMS)
-
-
-def _axis_of(parameter: Tensor) -> int | None:
-    """The axis that holds channels: axis 1 of (1, C, H, W), else the last that is longer than 1."""
-    longer = [axis for axis, size in enumerate(parameter.shape) if size > 1]
-    if parameter.dim() == 4 and len(parameter) == 1 and parameter.shape[1] > 1:
-        return 1
-    return longer[-1] if longer else None
-
-
-def _register_buffers(network: nn.Module) -> None:
-    """Make buffers of the user's own layers parameters, so that the graph sees them."""
-    for layer in network.modules():
-        if isinstance(layer, BATCH_NORM | nn.modules.instancenorm._InstanceNorm):
-            continue
-        for name, value in list(layer._buffers.items()):
-            if value is not None and value.is_floating_point():
-                del layer._buffers[name]
-                layer.register_parameter(name, nn.Parameter(value))
 
 
 def floats_in(outputs: object) -> list[Tensor]:
@@ -394,5 +368,5 @@ def floats_in(outputs: object) -> list[Tensor]:
         if isinstance(value, Tensor):
             found += [value] if value.is_floating_point() else []
         elif hasattr(value, "__dict__"):
-            found += floats_in(list(vars(value).values()))
+            found += floats_in([*vars(value).values()])
     return found

@@ -1,6 +1,7 @@
 """How a network is read, and the trial that what is read holds."""
 
 import random
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from cnn_pruning.network.checks import check_module
 from cnn_pruning.network.description import BATCH_NORM, Filters, Network, names_of
@@ -94,28 +95,34 @@ class _Trial:
     """
 
     def __init__(self, network: Network) -> None:
+        model, images = copy_of(network.model), network.images
+        exact = tree_map(lambda x: x.double().cpu() if x.is_floating_point() else x.cpu(), images)
         with torch.inference_mode(False):
-            self.network = network.of(_in_general_position(copy_of(network.model)))
-        images = tree_map(lambda x: _as_double(x).cpu(), network.images)
-        larger = tree_map(lambda x: x.repeat(1, 1, *[2] * (x.dim() - 2)), images)
-        # (images, in training, what to say); the last one changes running statistics
-        self.occasions = [(images, False, ""), (images, True, "in training, ")]
-        if any(x.dim() > 2 for x in tree_leaves(images)):
-            larger = tree_map(lambda x: x[:1], larger)
-            self.occasions.insert(1, (larger, False, "on larger images, "))
+            model = _in_general_position(model.double().cpu())
+        try:
+            with torch.no_grad(), random_numbers_kept():
+                _outputs(model, exact, training=False)
+        except ValueError:  # it counts on its own dtype or device
+            model, exact = copy_of(network.model), images
+        self.network = network.of(model)
+        larger = tree_map(
+            lambda x: x[:1].repeat(1, 1, *[2] * (x.dim() - 2)) if x.dim() > 2 else x[:1], exact
+        )
+        self.occasions = [
+            (exact, False, ""),
+            (larger, False, "on larger images, "),
+            (exact, True, "in training, "),  # the last one, because it changes running statistics
+        ]
 
     def failing(self, filters: Filters) -> dict[str, str]:
         """Why filters can't go, by group; halves are tried until the groups are found."""
         why = self.fails(filters)
         if not why:
             return {}
-        if len(filters) == 1:
-            return dict.fromkeys(filters, why)
-        names = list(filters)
-        halves = names[: len(names) // 2], names[len(names) // 2 :]
-        found = {}
-        for half in halves:
-            found |= self.failing({name: filters[name] for name in half})
+        names, found = list(filters), {}
+        if len(names) > 1:
+            for half in names[: len(names) // 2], names[len(names) // 2 :]:
+                found |= self.failing({name: filters[name] for name in half})
         return found or dict.fromkeys(filters, why)
 
     def fails(self, filters: Filters) -> str:
@@ -163,7 +170,6 @@ class _NoDropout(TorchFunctionMode):
 
 
 def _in_general_position(model: nn.Module) -> nn.Module:
-    model.double().cpu()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
@@ -171,10 +177,6 @@ def _in_general_position(model: nn.Module) -> nn.Module:
                 noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
                 value += 0.1 * (value.abs().mean() or 0.1) * noise
     return model
-
-
-def _as_double(values: Tensor) -> Tensor:
-    return values.double() if values.is_floating_point() else values
 
 
 def _close(removed: Tensor, masked: Tensor) -> bool:
@@ -187,13 +189,18 @@ def _close(removed: Tensor, masked: Tensor) -> bool:
 
 @contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """Restore the caller's random numbers, PyTorch's and Python's, after the block."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng():
+    """Restore the caller's random numbers, PyTorch's and Python's, after the block; one thread at a
+    time may be in it.
+    """
+    with _ONE_THREAD, torch.random.fork_rng():
+        state = random.getstate()
+        try:
             yield
-    finally:
-        random.setstate(state)
+        finally:
+            random.setstate(state)
+
+
+_ONE_THREAD = threading.RLock()
 
 
 def check_keep(model: nn.Module, keep: Collection[str] | str) -> None:

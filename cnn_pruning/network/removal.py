@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from cnn_pruning.network.description import CONV, Filters, Group, Network, Part
 from cnn_pruning.network.passes import copy_of
 
-ALONG_CHANNELS = ("weight", "bias", "running_mean", "running_var")
-
 
 def remove(network: Network, filters: Filters) -> Network:
     """Return a copy of the network without ``filters``, and its description.
@@ -19,17 +17,19 @@ def remove(network: Network, filters: Filters) -> Network:
             raise ValueError(
                 f"{name} would lose all of its {len(gone)} filters: leave at least one."
             )
-    kept: dict[tuple[str, str], Tensor] = {}
+    lost: dict[tuple[str, str], list[Tensor]] = {}
+    axes: dict[str, int] = {}
+    for name, gone in filters.items():
+        for part in network.groups[name].parts if gone else ():
+            channels = part.channels[torch.isin(part.owners, torch.tensor(gone))]
+            lost.setdefault((part.name, part.side), []).append(channels)
+            axes[part.name] = part.axis
     with torch.inference_mode(False):  # else the copy couldn't be trained
         model = copy_of(network.model)
-        lost: dict[tuple[str, str], list[tuple[Part, Tensor]]] = {}
-        for name, gone in filters.items():
-            for part in network.groups[name].parts if gone else ():
-                channels = part.channels[torch.isin(part.owners, torch.tensor(gone))]
-                lost.setdefault((part.name, part.side), []).append((part, channels))
-        for place, found in lost.items():  # a layer's channels go at once
-            part = found[0][0]
-            kept[place] = _cut(model, part, torch.cat([channels for _, channels in found]))
+        kept = {  # a layer's channels go at once, whatever group they are of
+            place: _cut(model, *place, axes[place[0]], torch.cat(channels))
+            for place, channels in lost.items()
+        }
     groups = {
         name: _renumbered(group, filters.get(name, []), kept)
         for name, group in network.groups.items()
@@ -50,10 +50,10 @@ def _renumbered(group: Group, gone: list[int], kept: dict[tuple[str, str], Tenso
             channels = torch.searchsorted(kept[part.name, part.side], channels[here])
             owners = number[owners[here]]
         parts.append(Part(part.name, part.side, channels, owners, part.axis))
-    return Group(int(stays.sum()), tuple(parts))
+    return Group(int(stays.sum()), tuple(parts), group.passed)
 
 
-def _cut(model: nn.Module, part: Part, lost: Tensor) -> Tensor:
+def _cut(model: nn.Module, name: str, side: str, axis: int, lost: Tensor) -> Tensor:
     """Cut the channels ``lost`` out of a layer or parameter; return those that are left."""
 
     def others(size: int) -> Tensor:
@@ -61,52 +61,42 @@ def _cut(model: nn.Module, part: Part, lost: Tensor) -> Tensor:
         stays[lost] = False
         return stays.nonzero().flatten()
 
-    if not part.side:  # a parameter or a buffer
-        parent, _, last = part.name.rpartition(".")
+    if not side:  # a parameter or a buffer
+        parent, _, last = name.rpartition(".")
         parent = model.get_submodule(parent)
-        kept = others(getattr(parent, last).shape[part.axis])
-        _keep(parent, last, part.axis, kept)
+        kept = others(getattr(parent, last).shape[axis])
+        _keep(parent, last, axis, kept)
         return kept
-    layer = model.get_submodule(part.name)
-    if isinstance(layer, nn.Linear):
-        kept = others(layer.in_features if part.side == "in" else layer.out_features)
-        _keep(layer, "weight", int(part.side == "in"), kept)
-        if part.side == "in":
-            layer.in_features = len(kept)
-        else:
+    layer = model.get_submodule(name)
+    size = getattr(layer, size_name(layer, side))
+    kept = others(size)
+    if isinstance(layer, CONV | nn.Linear):
+        if is_depthwise(layer):
+            layer.in_channels = layer.groups = len(kept)
+            _keep(layer, "weight", 0, kept)
+        elif (side == "out") != getattr(layer, "transposed", False):
+            _keep(layer, "weight", 0, kept)
+        else:  # this axis has the channels of one group, and all groups lose the same
+            _keep(layer, "weight", 1, kept[kept < size // getattr(layer, "groups", 1)])
+        if side == "out":
             _keep(layer, "bias", 0, kept)
-            layer.out_features = len(kept)
-    elif isinstance(layer, CONV):
-        kept = others(layer.in_channels if part.side == "in" else layer.out_channels)
-        _cut_conv(layer, part.side, kept)
     else:
-        size = {nn.GroupNorm: "num_channels", nn.PReLU: "num_parameters"}.get(type(layer))
-        size = size or "num_features"
-        old = getattr(layer, size)
-        kept = others(old)
-        if isinstance(layer, nn.GroupNorm):  # whole groups of channels go
-            layer.num_groups = layer.num_groups * len(kept) // old
-        for name in ALONG_CHANNELS:
-            _keep(layer, name, 0, kept)
-        setattr(layer, size, len(kept))
+        if isinstance(layer, nn.GroupNorm):  # whole groups go
+            layer.num_groups = layer.num_groups * len(kept) // size
+        for values in ("weight", "bias", "running_mean", "running_var"):
+            _keep(layer, values, 0, kept)
+    setattr(layer, size_name(layer, side), len(kept))
     return kept
 
 
-def _cut_conv(conv: nn.Module, side: str, kept: Tensor) -> None:
-    depthwise = is_depthwise(conv)
-    first = (side == "out") != conv.transposed  # the axis that has the channels of all groups
-    size = conv.in_channels if side == "in" else conv.out_channels
-    if first or depthwise:
-        _keep(conv, "weight", 0, kept)
-    else:  # each of the groups loses the same
-        _keep(conv, "weight", 1, kept[kept < size // conv.groups])
-    if side == "in":
-        conv.in_channels = len(kept)
-        return
-    _keep(conv, "bias", 0, kept)
-    conv.out_channels = len(kept)
-    if depthwise:
-        conv.in_channels = conv.groups = len(kept)
+def size_name(layer: nn.Module, side: str) -> str:
+    """The attribute that has the number of channels that a layer takes ("in") or puts out."""
+    if isinstance(layer, CONV):
+        return f"{side}_channels"
+    if isinstance(layer, nn.Linear):
+        return f"{side}_features"
+    names = {nn.GroupNorm: "num_channels", nn.PReLU: "num_parameters"}
+    return next((name for kind, name in names.items() if isinstance(layer, kind)), "num_features")
 
 
 def is_depthwise(layer: nn.Module) -> bool:

@@ -1,15 +1,19 @@
 """Beat Taylor: a game for notebook 8, with every filter of a network as a card to switch off."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from cnn_pruning.experiments.data import CLASSES
 from cnn_pruning.experiments.model import CNN
-from cnn_pruning.plots import filter_card
+from cnn_pruning.plots import REMOVED
 
 import ipywidgets
 import numpy as np
 import torch
+from matplotlib import colormaps
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -205,6 +209,43 @@ class Board:
                 f"{max(0, loss - best):.4f} nats above the best"
             )
         return "<br>".join(lines)
+
+
+def filter_card(kernel: Tensor, feature_map: Tensor, limit: float, on: bool = True) -> bytes:
+    """A small PNG for a card: a feature map beside its kernel; crossed out where it is off.
+
+    ``kernel`` (C, 3, 3), colored from -limit to limit; ``feature_map`` (H, W) from 0 to 1, whose
+    brightness is the square root of its values.
+    """
+    scale = 56 // feature_map.shape[0]
+    left = Image.fromarray(_shades("magma")[_in_256(feature_map.sqrt())]).resize(
+        [scale * n for n in feature_map.T.shape], 0
+    )
+    columns = 1 if len(kernel) == 1 else 2
+    side = 24 if columns == 1 else 12
+    card = Image.new("RGBA", (left.width + 36, left.height))
+    card.paste(left)
+    for i, part in enumerate(kernel):
+        colors = _shades("RdBu_r")[_in_256(0.5 + 0.5 * part / limit)]
+        at = (left.width + 4 + (i % columns) * (side + 2), (i // columns) * (side + 2))
+        card.paste(Image.fromarray(colors).resize((side, side), 0), at)
+    if not on:
+        card.putalpha(card.getchannel("A").point(lambda a: a // 4))
+        end = (left.width - 1, left.height - 1)
+        for line in ((0, 0, *end), (0, end[1], end[0], 0)):
+            ImageDraw.Draw(card).line(line, fill=REMOVED, width=4)
+    file = io.BytesIO()
+    card.save(file, "PNG")
+    return file.getvalue()
+
+
+@cache
+def _shades(name: str) -> np.ndarray:
+    return colormaps[name](np.arange(256), bytes=True)
+
+
+def _in_256(values: Tensor) -> np.ndarray:
+    return (255 * values.clamp(0, 1)).byte().numpy()
 
 
 def ten_images(images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""The figures of notebook 4: what leaves a network together with a filter."""
+"""The figures of notebook 4: what leaves a network with a filter, and what that costs."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 
-from cnn_pruning.plots import REMOVED, STAYS, headline, subplots
+from cnn_pruning.plots import INK, METHODS, REMOVED, STAYS, headline, subplots
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -108,4 +108,30 @@ def what_leaves(model: nn.Sequential, removed: Mapping[str, Sequence[int]]) -> F
     headline(
         figure, "A filter takes along its weights, its bias, and what the next layer had for it"
     )
+    return figure
+
+
+def accuracy_by_removed(
+    counts: Sequence[int], methods: Mapping[str, Tensor], title: str, mark: int
+) -> Figure:
+    """Accuracy (%) against the number of removed filters, for methods named as in ``METHODS``.
+
+    Each is (draws, counts); several draws are drawn as their mean, with a band from lowest to
+    highest. ``mark`` draws a vertical line at that number of filters.
+    """
+    figure, ((axis,),) = subplots(1, 1, 9, 4)
+    for name, accuracy in methods.items():
+        color, several = METHODS[name], len(accuracy) > 1
+        label = f"{name} (mean and range)" if several else name
+        axis.plot(counts, 100 * accuracy.mean(0), marker="o", ms=4, color=color, label=label)
+        if several:
+            low, high = (100 * accuracy.aminmax(dim=0)[i] for i in (0, 1))
+            axis.fill_between(counts, low, high, color=color, alpha=0.2, lw=0)
+    axis.axvline(mark, color=INK, lw=1, ls="--")
+    axis.text(mark, 2, f" {mark} filters")
+    axis.axhline(10, color=INK, lw=0.5, ls=":")
+    axis.text(0, 11, "guessing", size=8)
+    axis.set(xlabel="filters removed, no fine-tuning", xticks=counts[:: 1 + len(counts) // 20])
+    axis.set(ylabel="validation accuracy (%)", ylim=(0, 100), title=title)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 0.12))
     return figure
