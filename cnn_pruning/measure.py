@@ -187,7 +187,7 @@ def latency(
                 if (device := device_of(network)).type == "cuda":
                     torch.cuda.synchronize(device)
                 row.append(1000 * (time.perf_counter() - start))
-    quartiles = [statistics.quantiles(row[4:], n=4) for row in times]
+    quartiles = [statistics.quantiles(row[4:], n=4, method="inclusive") for row in times]
     return [(median, first, third) for first, median, third in quartiles]
 
 
@@ -224,7 +224,8 @@ def _images(
 ) -> Inputs:
     if image_shape is None and isinstance(model, CNN):
         image_shape = model.IMAGE_SHAPE
-    if any(isinstance(x, torch.Tensor) for x in tree_leaves(image_shape)):
+    leaves = tree_leaves(image_shape)
+    if leaves and all(isinstance(x, torch.Tensor) and x.dim() > 1 for x in leaves):
         batch = tree_map(lambda x: x[:1].expand(batch_size, *x.shape[1:]), image_shape)
         return on_device(batch, device_of(model))
     if not isinstance(image_shape, tuple | list):

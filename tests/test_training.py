@@ -9,9 +9,10 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils.data import Dataset, TensorDataset
 
-from cnn_pruning import evaluate, fit
+from cnn_pruning import evaluate, filter_scores, fit
 from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.training import mixed_precision
+from cnn_pruning.iterative import prune_iteratively
 
 
 def network(seed=0):
@@ -420,3 +421,38 @@ def test_a_loss_that_is_no_longer_finite_is_an_error(batch_size):
     with pytest.raises(FloatingPointError, match=r"epoch 1.*1e\+30"):
         fit(model, data, data, epochs=1, batch_size=batch_size, lr=1e30)
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_batch_norms_keep_their_statistics_and_others_learn_them(frozen):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+    )
+    model[1].requires_grad_(not frozen).eval()
+    data = TensorDataset(torch.rand(12, 1, 8, 8), torch.arange(12) % 3)
+    fit(model, data, data, epochs=1, batch_size=6)
+    assert not model[1].training and model[4].training
+    (step,) = prune_iteratively(model, data, data, filters=7, updates=2, keep=["0"])
+    for network in (model, step.model):
+        assert (network[1].running_mean == 0).all() == frozen
+        assert network[4].running_mean.any()
+
+
+def test_one_output_is_refused_because_its_cross_entropy_is_always_zero():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1))
+    data = TensorDataset(torch.rand(6, 1, 8, 8), torch.zeros(6).long())
+    for use in (
+        lambda: evaluate(model, data),
+        lambda: fit(model, data, data),
+        lambda: filter_scores(model, data),
+        lambda: filter_scores(model, data, "oracle"),
+    ):
+        with pytest.raises(ValueError, match=r"has one output.*give a cost"):
+            use()
+
+    def cost(outputs, labels):
+        return nn.functional.softplus(outputs[:, 0])
+
+    assert all(values.any() for values in filter_scores(model, data, cost=cost).values())

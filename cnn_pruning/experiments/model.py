@@ -20,6 +20,7 @@ class CNN(nn.Module):
     """
 
     IMAGE_SHAPE = (1, 28, 28)
+    __jit_unused_properties__ = ("channels",)  # so that torch.jit.script takes the network
 
     def __init__(self, channels: Sequence[int] = (8, 16)) -> None:
         super().__init__()

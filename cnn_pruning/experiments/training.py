@@ -191,7 +191,8 @@ def update(
 
 @contextmanager
 def in_training(model: nn.Module, seed: int) -> Iterator[None]:
-    """``model`` is in training mode for the block, and ``seed`` decides what dropout draws.
+    """``model`` is in training mode for the block, but for batch norms that are frozen and in
+    evaluation mode; ``seed`` decides what dropout draws.
 
     Afterwards its flags and the caller's random numbers are as before, and no gradient is left.
     """
@@ -203,7 +204,11 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        frozen = [m for m in norms if not m.training and [*m.parameters()]]
         model.train()
+        for norm in frozen:  # as recipes for transfer learning have it
+            norm.train(any(parameter.requires_grad for parameter in norm.parameters()))
         try:
             yield
         finally:

@@ -139,8 +139,9 @@ class Network:
 def names_of(keep: Collection[str] | str) -> list[str]:
     """Return ``keep`` as a list, also if it is one name; ``TypeError`` if it isn't names."""
     names = [keep] if isinstance(keep, str) else keep
-    if isinstance(names, Collection) and all(isinstance(name, str) for name in names):
-        return list(names)
+    if isinstance(names, Collection) and not isinstance(names, Tensor):
+        if all(isinstance(name, str) for name in names):
+            return list(names)
     raise TypeError(f"keep must be a list of names of layers, but it is {shown(keep)}.")
 
 

@@ -178,6 +178,12 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
             f"The network must return logits (N, classes), but it returned {tuple(outputs.shape)}: "
             "let it end in nn.Flatten or nn.Linear, or give a cost of your own."
         )
+    if outputs.shape[1] == 1:
+        raise ValueError(
+            "The network has one output, of which the cross-entropy is always 0: give a cost, such "
+            "as lambda y, labels: binary_cross_entropy_with_logits(y[:, 0], labels.float(), "
+            'reduction="none").'
+        )
     if not outputs.is_floating_point():
         raise ValueError(f"The network must return floating-point logits, not {outputs.dtype}.")
     if not isinstance(labels, Tensor):
