@@ -1,8 +1,8 @@
 """The whole experiment without a notebook: train, score, select, remove, fine-tune."""
 
-import argparse
 import signal
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,23 +13,17 @@ import torch
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
-from cnn_pruning import (
-    CNN,
-    evaluate,
-    fashion_mnist,
-    filter_scores,
-    normalize,
-    plots,
-    remove_filters,
-    select_filters,
-    tracking,
-)
+from cnn_pruning import plots, tracking
 from cnn_pruning.alive import signals_interrupt
 from cnn_pruning.baseline import fit_and_log
 from cnn_pruning.experiments import ranks
+from cnn_pruning.experiments.data import fashion_mnist
+from cnn_pruning.experiments.model import CNN
+from cnn_pruning.experiments.training import evaluate
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import costs
-from cnn_pruning.scores import Filters
+from cnn_pruning.pruner import filter_scores, remove_filters
+from cnn_pruning.scores import Filters, normalize, select_filters
 
 PROGRAM = "python -m cnn_pruning"
 
@@ -44,11 +38,9 @@ def refuse(message: str) -> NoReturn:
 
 def integer(lowest: int, highest: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not text.isdecimal() or len(text) > 20 or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(
-                f"{text[:20]!r} is not an integer from {lowest} to {highest}"
-            )
-        return int(text)
+        if text.isdecimal() and len(text) <= 20 and lowest <= int(text) <= highest:
+            return int(text)
+        raise ArgumentTypeError(f"{text[:20]!r} is not an integer from {lowest} to {highest}")
 
     return read
 
@@ -57,7 +49,7 @@ def rate(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number up to 1")
+    raise ArgumentTypeError(f"{text!r} is not a positive number up to 1")
 
 
 def device(text: str) -> torch.device:
@@ -65,18 +57,18 @@ def device(text: str) -> torch.device:
         found = torch.empty(0, device=text).device
         if found.type in ("cpu", "cuda", "mps"):
             return found
-    raise argparse.ArgumentTypeError(
+    raise ArgumentTypeError(
         f"{text!r} is not a device of this machine: use 'cpu', or 'cuda' if it has one"
     )
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> Namespace:
     """Read the options; exit with status 2 and one line if one can't be used."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=PROGRAM,
         description="Train a CNN on FashionMNIST, score its filters with the Taylor criterion, "
         "remove the lowest, and fine-tune. MLflow tracks every step.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ArgumentDefaultsHelpFormatter,
     )
     parser.error = refuse
     add, widths, count = parser.add_argument, integer(1, 1024), integer(0, 1_000_000)
@@ -105,15 +97,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 # The experiment
 
-FORMATS = {
-    "filters": "{:.0f}".format,
-    "parameters": "{:,.0f}".format,
-    "MACs": "{:,.0f}".format,
-    "ms, batch 1": "{:.2f}".format,
-    "ms, batch 512": "{:.1f}".format,
-    "val accuracy": "{:.2%}".format,
-    "test accuracy": "{:.2%}".format,
-}
+FORMATS = {"ms, batch 1": "{:.2f}".format, "ms, batch 512": "{:.1f}".format}
+FORMATS |= {"filters": "{:.0f}".format, "parameters": "{:,.0f}".format, "MACs": "{:,.0f}".format}
+FORMATS |= dict.fromkeys(("val accuracy", "test accuracy"), "{:.2%}".format)
 
 
 def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str, float]:
@@ -121,7 +107,7 @@ def accuracies(model: CNN, val: TensorDataset, test: TensorDataset) -> dict[str,
 
 
 def prune_in_one_shot(
-    model: CNN, train: TensorDataset, val: TensorDataset, options: argparse.Namespace
+    model: CNN, train: TensorDataset, val: TensorDataset, options: Namespace
 ) -> tuple[CNN, Filters]:
     scores = normalize(filter_scores(model, train))
     removed = select_filters(scores, options.remove)
@@ -135,7 +121,7 @@ def prune_in_one_shot(
 
 
 def prune_step_by_step(
-    model: CNN, train: TensorDataset, val: TensorDataset, options: argparse.Namespace
+    model: CNN, train: TensorDataset, val: TensorDataset, options: Namespace
 ) -> tuple[CNN, Filters]:
     """Log one MLflow step per removal, so that MLflow can draw accuracy against what is left."""
     schedule = {"updates": options.updates, "per_step": options.per_step}
@@ -159,14 +145,15 @@ def prune_step_by_step(
         axis.plot(gone, percent, marker="o", ms=4, color=plots.METHODS["taylor"])
         axis.axhline(10, color=plots.INK, lw=0.5, ls=":")
         axis.text(0, 11, "guessing", size=8)
-        axis.set(xlabel=f"filters removed, {options.updates} updates before each step")
+        axis.set_xticks(gone[:: 1 + len(gone) // 20])
+        axis.set_xlabel(f"filters removed, {options.updates} updates before each step")
         axis.set(ylabel="validation accuracy (%)", ylim=(0, 100), title="Right after each removal")
         print(f"accuracy by removed filters: {tracking.log_figure(figure, 'accuracy.png')}")
     return model, removed
 
 
 def experiment(
-    options: argparse.Namespace, train: TensorDataset, val: TensorDataset, test: TensorDataset
+    options: Namespace, train: TensorDataset, val: TensorDataset, test: TensorDataset
 ) -> None:
     settings = {"batch_size": options.batch_size, "lr": options.lr, "seed": options.seed}
     rows = {}
@@ -223,9 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
                 refuse(str(error))
             experiment(options, *splits)
     except KeyboardInterrupt as error:
-        notes = getattr(
-            error, "__notes__", ["If the MLflow run had begun, it is marked as killed."]
-        )
+        killed = ["If the MLflow run had begun, it is marked as killed."]
+        notes = getattr(error, "__notes__", killed)
         ranks.say(" ".join(["Interrupted.", *notes]))
         return 128 + (error.args or [signal.SIGINT])[0]
     except (FloatingPointError, ranks.RankLost, tracking.NotRecorded) as error:

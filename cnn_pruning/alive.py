@@ -40,19 +40,18 @@ def alone(folder: Path) -> AbstractContextManager[None]:
     return locked_folder(folder, "all.lock")
 
 
-def hold(folder: Path, name: str) -> FileLock:
-    """Say by a lock in ``folder`` that the owner of ``name`` is alive, until ``let_go``."""
+@contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """Say by a lock in ``folder`` that the owner of ``name`` is alive, as long as the block runs.
+
+    If the block raises, ``name`` stays among the dead, to be looked at once more.
+    """
     lock = FileLock(folder / f"{name}.alive")
-    with alone(folder):  # nobody may find the file before it is locked
-        lock.acquire()
-    return lock
-
-
-def let_go(lock: FileLock, ended: bool) -> None:
-    """Release what ``hold`` returned; if ``name`` has not ``ended``, it stays among the dead."""
-    lock.release()
-    if ended:
-        Path(lock.lock_file).unlink(missing_ok=True)
+    with ExitStack() as until_it_ends:
+        with alone(folder):  # nobody may find the file before it is locked
+            until_it_ends.enter_context(lock)
+        yield
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def the_dead(folder: Path) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import TensorDataset
 
-from cnn_pruning import tracking
+from cnn_pruning import plots, tracking
 from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.ranks import is_first, own
@@ -30,7 +30,6 @@ def fit_and_log(
     ``test_loss``, ``test_accuracy``, the learning curves, the summary and the network. The network
     is on this machine's disk, after each epoch, before MLflow is asked for anything.
     """
-    from cnn_pruning import plots
 
     def log(row: Row) -> None:
         tracking.keep_network(model)

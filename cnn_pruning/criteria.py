@@ -14,7 +14,7 @@ from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.ranks import gathered, summed
 from cnn_pruning.feature_maps import feature_maps, scorable
 from cnn_pruning.network.checks import check_function, shown
-from cnn_pruning.network.description import CONV, Network
+from cnn_pruning.network.description import CONV, Network, Part
 from cnn_pruning.network.maps import Maps
 from cnn_pruning.network.passes import (
     Cost,
@@ -224,7 +224,7 @@ def weight(
     for name, filters in network.filters().items():
         squares, count = torch.zeros(filters, dtype=torch.float64), torch.zeros(filters)
         for parameter, owners, rows in _parameters(network, name, biases=False):
-            values = rows(parameter.detach().cpu().double().square())
+            values = rows(parameter.detach().double().square()).cpu()
             squares.index_add_(0, owners, values.sum(1))
             count += values.shape[1] * owners.bincount(minlength=filters)
         scores[name] = squares / count
@@ -232,24 +232,23 @@ def weight(
 
 
 def _parameters(network: Network, name: str, biases: bool = True):
-    """Yield the parameters that make a group's maps, the filter that each output channel is of, and
-    how values of the parameter's shape are (output channels, values).
+    """Yield the parameters that make a group's maps, the filters (channels,) that the channels of
+    the maps are of, and how values of the parameter's shape become (channels, values).
     """
     for part in network.groups[name].side("out"):
         layer = network.layer(part.name)
         if not isinstance(layer, CONV | nn.Linear):
             continue
-        owners = torch.empty_like(part.owners).index_copy(0, part.channels, part.owners)
 
-        def rows(values: Tensor, layer: nn.Module = layer) -> Tensor:
+        def rows(values: Tensor, layer: nn.Module = layer, part: Part = part) -> Tensor:
             if values.dim() > 1 and getattr(layer, "transposed", False):
                 # (in, out of one group, ...): the outputs of all groups first
                 values = values.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
-            return values.reshape(len(values), -1)
+            return values.reshape(len(values), -1)[part.channels.to(values.device)]
 
-        yield layer.weight, owners, rows
+        yield layer.weight, part.owners, rows
         if biases and layer.bias is not None:
-            yield layer.bias, owners, rows
+            yield layer.bias, part.owners, rows
 
 
 def random(

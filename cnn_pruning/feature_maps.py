@@ -55,7 +55,8 @@ def scorable(
     if not network.groups and not kept:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise TypeError(
-            f"{type(model).__name__} has no filters that could go ({why or 'no convolution'})."
+            f"{type(model).__name__} has no filters that could go ({why or 'no convolution'})"
+            + ": linear=True takes hidden units of its linear layers." * (not linear)
         )
     if said := [f"{n} ({why})" for n, why in reasons.items() if why != IN_OUTPUTS]:
         warnings.warn(f"Left out, because they can't go: {', '.join(said)}.", stacklevel=3)

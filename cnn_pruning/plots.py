@@ -24,41 +24,32 @@ REMOVED = "#D55E00"
 STAYS = "#B8B8B8"
 CONTROL = "#A0A0A0"
 METHODS = {
-    "taylor": "#009068",
+    # what Taylor left has its color
+    **dict.fromkeys(("taylor", "fine-tuned", "one shot"), "#009068"),
     "taylor_abs_first": "#6CC9AE",
-    "oracle": "#A84C7E",
-    "oracle_abs": "#A84C7E",
+    **dict.fromkeys(("oracle", "oracle_abs"), "#A84C7E"),
     "greedy": "#8450DA",
     "weight": "#62B8F0",
     "activation_mean": "#A9B04A",
     "apoz": "#9E5B18",
     "obd": "#5F58C8",
-    "random": CONTROL,
-    "random, like taylor": CONTROL,
+    **dict.fromkeys(("random", "random, like taylor"), CONTROL),
     "baseline": "#666666",
-    "fine-tuned": "#009068",  # what Taylor left
-    "one shot": "#009068",
     "scratch": "#8B80F9",
 }
 NEARLY_DEAD = 100  # times less than the highest score
+_WORDS = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
 STYLE = {
+    **dict.fromkeys(_WORDS, INK),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
     "axes.formatter.limits": (-3, 6),
     "axes.formatter.use_mathtext": True,
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "axes.titlelocation": "left",
     "figure.dpi": 90,
     "figure.constrained_layout.use": True,
-    "figure.facecolor": "none",
     "hatch.color": REMOVED,
     "legend.frameon": False,
-    "savefig.facecolor": "none",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
 }
 
 
@@ -122,8 +113,7 @@ def bare_image(axis: Axes, values: Tensor, **options) -> None:
     """Draw pixels, sharp and in a small file, without a frame."""
     axis.imshow(values, interpolation="nearest", **options)
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
 
 
 def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:

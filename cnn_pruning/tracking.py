@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchinfo import summary
 
-from cnn_pruning.alive import alone, hold, let_go, signals_interrupt, the_dead
+from cnn_pruning.alive import alone, held, signals_interrupt, the_dead
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.paths import ROOT
 from cnn_pruning.experiments.ranks import first_alone
@@ -51,10 +51,8 @@ PATIENCE = {
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
 }
 ONE_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-QUIET = {
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # each file would have one
-    "MLFLOW_UV_AUTO_DETECT": "false",  # would log a lock file as well
-}
+# Otherwise each file would have a progress bar, and a lock file would be logged as well.
+QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_UV_AUTO_DETECT": "false"}
 
 
 class _AtFirstUse:
@@ -90,7 +88,7 @@ def _check_answer(uri: str) -> None:
     except mlflow.MlflowException as error:
         raise ConnectionError(
             f"The MLflow server at MLFLOW_TRACKING_URI={uri} does not answer ({_reason(error)}): "
-            "start it, or unset MLFLOW_TRACKING_URI to use the file mlflow.db."
+            "check it, or unset MLFLOW_TRACKING_URI to use the file mlflow.db."
         ) from error
 
 
@@ -141,11 +139,10 @@ def connect() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or default
     if uri.startswith(SERVER):
         _check_answer(uri)
-    for name, value in {**PATIENCE, **QUIET}.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**PATIENCE, **QUIET, **os.environ})  # what the user has set wins
+    mlflow.set_tracking_uri(uri)
     for name in ("alembic", "mlflow.store"):  # a new database reports on each of its tables
         logging.getLogger(name).setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(uri)
     path, folder = _sqlite_path(uri), _folder_of_this_machine(uri)
     try:
         if path and path.is_dir():  # MLflow would try again for minutes
@@ -178,7 +175,7 @@ def _mark_as_killed(run_id: str) -> None:
 def _reason(error: BaseException) -> str:
     """What ``error`` comes down to, short enough for a part of a sentence."""
     line = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-    if cause := re.search(r"Caused by \w+\(['\"](.+)['\"]\)", line):  # urllib3, at great length
+    if cause := re.search(r"Caused by .*?['\"](.+)['\"]\)", line):  # urllib3, at great length
         line = cause[1].split(": ")[-1]
     return (line if len(line) < 200 else f"{line[:200]}...") or type(error).__name__
 
@@ -191,9 +188,10 @@ def where_to_look(active: "ActiveRun") -> str:
     if uri.startswith(SERVER):
         how = f"open {uri.rstrip('/')}/{page}"
     else:
-        at = f"in {ROOT}" if uri == _default_uri() else ""
-        command = f"uv run mlflow ui --backend-store-uri {shlex.quote(uri)}"
-        how = f"type `{command}` and open http://127.0.0.1:5000/{page}"
+        command, where = f"uv run mlflow ui --backend-store-uri {shlex.quote(uri)}", ""
+        if uri == _default_uri():
+            command, where = "uv run mlflow ui", f" in {ROOT}"
+        how = f"type `{command}`{where} and open http://127.0.0.1:5000/{page}"
     return f"To see the runs, {how}\nMLflow run {active.info.run_id}, in {uri}"
 
 
@@ -248,26 +246,23 @@ def _free_name(name: str, parent: str | None) -> str:
 def _ended(active: "ActiveRun", name: str) -> Iterator[None]:
     """The run ends with the block, and a lock says until then that it is alive."""
     run_id = active.info.run_id
-    lock = hold(_folder_of_this_machine(mlflow.get_tracking_uri()), run_id)
-    ended = True
-    try:
-        yield
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    with held(_folder_of_this_machine(mlflow.get_tracking_uri()), run_id):
         try:
-            with mock.patch.dict(os.environ, ONE_TRY):  # the server may be what failed
-                if mlflow.active_run() and mlflow.active_run().info.run_id == run_id:
-                    mlflow.end_run(status)
-                else:
-                    mlflow.MlflowClient().set_terminated(run_id, status)
-        except Exception:  # the next ``connect`` will mark it
-            ended = False
-            error.add_note(f"MLflow could not mark the run {name!r} as {status}{_lies_in(active)}.")
-        if ended and not isinstance(error, NotRecorded):
-            shutil.rmtree(_kept(active).parent, ignore_errors=True)
-        raise
-    finally:
-        let_go(lock, ended)
+            yield
+        except BaseException as error:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            try:
+                with mock.patch.dict(os.environ, ONE_TRY):  # the server may be what failed
+                    if mlflow.active_run() and mlflow.active_run().info.run_id == run_id:
+                        mlflow.end_run(status)
+                    else:
+                        mlflow.MlflowClient().set_terminated(run_id, status)
+                if not isinstance(error, NotRecorded):
+                    shutil.rmtree(_kept(active).parent, ignore_errors=True)
+            except Exception:  # the next ``connect`` will mark it
+                lies = _lies_in(active)
+                error.add_note(f"MLflow could not mark the run {name!r} as {status}{lies}.")
+            raise
 
 
 @contextmanager
@@ -304,11 +299,8 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) 
         *(f"dataset.digest = '{_described(each, 'data').digest}'" for each in data),
         *(f"params.{name} = '{value}'" for name, value in settings.items()),
     ]
-    found = mlflow.search_runs(
-        experiment_names=[EXPERIMENT],
-        filter_string=" and ".join(conditions),
-        order_by=["attributes.start_time DESC"],
-        output_format="list",
+    found = mlflow.search_runs(  # the newest first, by default
+        experiment_names=[EXPERIMENT], filter_string=" and ".join(conditions), output_format="list"
     )
     return [each.info.run_id for each in found]
 
@@ -335,8 +327,14 @@ def log_settings(settings: Mapping[str, object]) -> None:
 
 @first_alone
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
-    """Log numbers, by name, as metrics; ``step`` is the epoch or the removal they belong to."""
+    """Log numbers, by name; ``step`` is the epoch or the removal they belong to."""
     mlflow.log_metrics(dict(metrics), step)
+
+
+@first_alone
+def log_dict(values: dict, path: str) -> None:
+    """Log ``values`` as a JSON file."""
+    mlflow.log_dict(values, path)
 
 
 @first_alone
@@ -363,12 +361,6 @@ def _described(data: TensorDataset, name: str) -> "NumpyDataset":
 
 
 @first_alone
-def log_dict(values: dict, path: str) -> None:
-    """Log ``values`` as a JSON file."""
-    mlflow.log_dict(values, path)
-
-
-@first_alone
 def log_figure(figure: "Figure", path: str) -> str:
     """Log a figure as a PNG file; return where it is, a path on this machine or an address."""
     mlflow.log_figure(figure, path)
@@ -376,7 +368,7 @@ def log_figure(figure: "Figure", path: str) -> str:
     if uri.startswith(SERVER):
         page = f"#/experiments/{active.experiment_id}/runs/{active.run_id}/artifacts"
         return f"{uri.rstrip('/')}/{page}"
-    return mlflow.artifacts.download_artifacts(mlflow.get_artifact_uri(path))
+    return mlflow.utils.file_utils.local_file_uri_to_path(mlflow.get_artifact_uri(path))
 
 
 # Networks
@@ -400,13 +392,10 @@ def keep_network(model: CNN) -> Path:
     """
     path = _kept(mlflow.active_run())
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name("half")
-    try:
-        with half.open("wb") as file:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with (Path(folder) / "half").open("wb") as file:
             torch.save({"channels": model.channels, "state_dict": model.state_dict()}, file)
-        return half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+        return Path(file.name).replace(path)
 
 
 @first_alone
@@ -417,7 +406,7 @@ def log_network(model: CNN) -> None:
     counted = summary(model, (1, *model.IMAGE_SHAPE), verbose=0, device=device)
     mlflow.log_text(str(counted), "summary.txt")
     mlflow.log_artifact(path)
-    mlflow.set_tag(DIGEST, _sha256(path))
+    mlflow.set_tag(DIGEST, hashlib.sha256(path.read_bytes()).hexdigest())
     shutil.rmtree(path.parent)
 
 
@@ -430,7 +419,7 @@ def load_network(run_id: str) -> CNN:
     digest = mlflow.get_run(run_id).data.tags.get(DIGEST)
     with tempfile.TemporaryDirectory() as folder:
         path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/network.pt", dst_path=folder)
-        if _sha256(path) != digest:
+        if hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
             raise ValueError("Its file is not the one that was logged: the SHA-256 sums differ.")
         return read_network(path)
 
@@ -451,10 +440,6 @@ def read_network(path: str | Path) -> CNN:
     return model
 
 
-def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 @first_alone
 def log_model(model: CNN, images: Tensor) -> None:
     """Log ``model`` in MLflow's own format, which others can use without this package.
@@ -462,19 +447,14 @@ def log_model(model: CNN, images: Tensor) -> None:
     ``images`` are at least two examples, float32 (N, 1, 28, 28). They show MLflow what the model
     takes and returns. The logged model takes any number of images.
     """
-    example = images.numpy()
-    model = copy.deepcopy(model).cpu().eval()
-    with torch.no_grad():
-        logits = model(images).numpy()
     # MLflow warns where pip is missing, and pip is missing from environments that uv makes.
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.export")  # about its own internals
         mlflow.pytorch.log_model(
-            model,
+            copy.deepcopy(model).cpu().eval(),
             name="model",
-            input_example=example,
-            signature=mlflow.models.infer_signature(example, logits),
+            input_example=images.numpy(),
             # Named here, because MLflow takes many seconds to find it out.
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
         )

@@ -90,7 +90,8 @@ def test_a_network_goes_through_all_steps():
     spec.loader.exec_module(named)
     row = named.row_of("CIFAR-10 tutorial")
     assert set(row) >= set(named.STEPS)
-    assert not any("FAILED" in cell for cell in row.values())
+    assert not any("FAILED" in cell or "WRONG" in cell for cell in row.values())
+    assert "1 were cut exactly" in named.counts([row])
 
 
 def test_memory_counts_all_processes(tmp_path):

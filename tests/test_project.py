@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import saved_notebooks
@@ -246,6 +247,12 @@ def test_the_package_shortens_openmp_s_spinning_unless_the_user_has_set_it():
         for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"})
     ]
     assert [each.communicate()[0].split() for each in started] == [[b"1000"], [b"7"], [b"None"]]
+
+
+def test_the_root_is_the_checkout_wherever_a_program_starts(tmp_path):
+    code = "from cnn_pruning.experiments.paths import ROOT; print(ROOT)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert Path(found.stdout.decode().strip()) == Path(__file__).resolve().parents[1]
 
 
 @EACH

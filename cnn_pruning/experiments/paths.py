@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-_checkout = Path(__file__).resolve().parent.parent
+_checkout = Path(__file__).resolve().parents[2]
 
 ROOT = _checkout if (_checkout / "pyproject.toml").exists() else Path.cwd()
 """The repository's root; the current folder where the package was installed without a checkout."""

@@ -331,8 +331,7 @@ class _Reader:
         else:
             part = Part(name, side, channels, owners)
             size = getattr(layer, size_name(layer, side))
-        all_there = side == "in" or len(channels) == size
-        return part if all_there and channels[-1] < size else None
+        return part if channels[-1] < size else None
 
 
 def _tied(layer: object, side: str, channel: int) -> Iterable[int]:
@@ -358,7 +357,7 @@ def _named(node) -> str:
     if node.grad_fn is None:
         return "an operation"
     name = re.sub(r"Backward\d*$", "", node.grad_fn.name().rpartition("::")[2])
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().removeprefix("unsafe_")
+    return re.sub(r"(?<=\w)(?=[A-Z][a-z])", "_", name).lower().removeprefix("unsafe_")
 
 
 def floats_in(outputs: object) -> list[Tensor]:

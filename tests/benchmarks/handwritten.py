@@ -438,6 +438,24 @@ def max_feature_map_fixed() -> nn.Module:
     return nn.Sequential(*layers, conv(32, 16), head(16))
 
 
+class Halves(nn.Module):
+    """YOLOv8's C2f: halves, one of which goes on, and all of them side by side."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.last = conv(inputs, outputs, 1), conv(3 * outputs // 2, outputs, 1)
+        self.inner = nn.Sequential(conv(outputs // 2, 8), conv(8, outputs // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = list(self.first(x).chunk(2, 1))
+        maps.append(maps[-1] + self.inner(maps[-1]))
+        return self.last(torch.cat(maps, 1))
+
+
+def halves() -> nn.Module:
+    return nn.Sequential(conv(3, 16), Halves(16, 24), nn.MaxPool2d(2), Halves(24, 32), head(32))
+
+
 class Ghost(nn.Module):
     """Half of the maps are made of the others by a depthwise convolution."""
 
@@ -602,6 +620,7 @@ HANDWRITTEN = {
     "frozen batch norm": (frozen_batch_norm, IMAGE),
     "max feature map": (max_feature_map, IMAGE),
     "max feature map, fixed": (max_feature_map_fixed, IMAGE),
+    "halves, YOLO": (halves, IMAGE),
     "ghost": (ghost, IMAGE),
     "own parameters": (OwnParameters, IMAGE),
     "channel shuffle": (Shuffle, IMAGE),

@@ -49,9 +49,9 @@ LR = 1e-4
 
 TORCHVISION = """alexnet vgg11_bn:32 resnet18 resnet50 resnext50_32x4d densenet121 squeezenet1_1
     googlenet inception_v3:96 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large shufflenet_v2_x0_5
-    mnasnet0_5 efficientnet_b0 regnet_x_400mf regnet_y_400mf convnext_tiny vit_b_32 swin_t
-    maxvit_t:224 lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large fcn_resnet50
-    ssdlite320_mobilenet_v3_large""".split()
+    mnasnet0_5 efficientnet_b0 regnet_x_400mf regnet_y_400mf convnext_tiny swin_t
+    lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large
+    fcn_resnet50""".split()
 VIDEO = ["r3d_18", "r2plus1d_18"]
 TIMM = """resnet10t resnet26d resnetblur18 resnetaa34d resnetv2_18 seresnet18 skresnet18
     ecaresnext26t_32x4d gernet_s res2net50_14w_8s resnest14d dla34 dpn48b hrnet_w18_small
@@ -60,9 +60,9 @@ TIMM = """resnet10t resnet26d resnetblur18 resnetaa34d resnetv2_18 seresnet18 sk
     efficientnet_lite0 semnasnet_050 fbnetc_100 mixnet_s hardcorenas_a regnety_002 regnetz_005
     rexnet_100 selecsls42b inception_next_atto nf_resnet26 nf_regnet_b0 convnext_atto
     convnextv2_atto edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientvit_b0 fastvit_t8
-    repvit_m0_9 starnet_s050 poolformer_s12 pvt_v2_b0 levit_128s:224 vit_tiny_patch16_224:224
+    repvit_m0_9 starnet_s050 poolformer_s12 pvt_v2_b0 levit_128s:224 vit_tiny_patch16_224
     visformer_tiny:224 swiftformer_xs hgnetv2_b0 tresnet_m mambaout_femto fasternet_t0
-    halonet26t""".split()
+    halonet26t:256""".split()
 
 
 @dataclass
@@ -79,9 +79,7 @@ def torchvisions(named: str) -> dict[str, Case]:
         options |= {"init_weights": False}  # which takes a minute
     if name == "inception_v3":  # its second head needs larger images
         options |= {"init_weights": False, "aux_logits": False}
-    if name == "vit_b_32":
-        options |= {"image_size": 64}
-    if name.startswith(("deeplab", "fcn", "lraspp", "ssd")):
+    if name.startswith(("deeplab", "fcn", "lraspp")):
         options |= {"weights_backbone": None}
     side = int(size or 64)
     shape = (3, 4, 32, 32) if name in VIDEO else (3, side, side)
@@ -95,7 +93,8 @@ def timms(named: str) -> dict[str, Case]:
     def make() -> nn.Module:
         import timm
 
-        return timm.create_model(name, pretrained=False, num_classes=CLASSES)
+        options = {"img_size": side} if name.startswith("vit") else {}
+        return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
 
     return {f"timm {name}": Case(make, (3, side, side))}
 
@@ -181,23 +180,31 @@ def read(case: Case) -> tuple[Result | None, dict[str, str]]:
     shapes = case.shape if isinstance(case.shape, list) else [case.shape]
     images = [torch.randn(IMAGES, *shape) for shape in shapes]
     row = {"parameters": f"{count_parameters(model):,}"}
-    start, network, why = time.perf_counter(), None, ""
+    network, scored, refusal = None, "", ""
+    start = time.perf_counter()
     try:
         network = scorable(model.eval(), images)
     except Exception as error:
-        why = f"refused: {said(error)}"
+        refusal = f"refused: {said(error)}"
+        try:
+            network = scorable(model, images, linear=True)
+            scored = "with linear=True: "
+        except Exception:
+            pass
     row["seconds to read"] = f"{time.perf_counter() - start:.1f}"
     if network is None:
-        return None, row | {"scored": "", "left out": why}
+        return None, row | {"scored": scored, "left out": refusal}
     count = sum(network.filters().values())
-    row["scored"] = f"{len(network.groups)} groups, {count:,} filters"
+    row["scored"] = f"{scored}{len(network.groups)} groups, {count:,} filters"
     reasons = {
         name: why
         for name, why in network.left_out.items()
         if why != IN_OUTPUTS and isinstance(network.layer(name), CONV)
     }
     row["left out"] = ""
-    if reasons:
+    if refusal:
+        row["left out"] = refusal
+    elif reasons:
         print(f"left out: {reasons}", file=sys.stderr)
         text = "; ".join(dict.fromkeys(reasons.values()))
         row["left out"] = f"{len(reasons)} convolutions: {text}"
@@ -320,16 +327,17 @@ def row_of(name: str) -> dict[str, str]:
 def counts(rows: list[dict[str, str]]) -> str:
     refused = [row["left out"].startswith("refused") for row in rows]
     wrong = [any("WRONG" in cell for cell in row.values()) for row in rows]
+    hidden = sum(row["scored"].startswith("with linear") for row in rows)
     raw = [any("RAW: " in cell for cell in row.values()) for row in rows]
     failed = ["FAILED" in row.get("2 updates by fit", "") for row in rows]
     some = ["convolutions: " in row["left out"] for row in rows]
-    exact = [
-        "FAILED" not in row.get("removed", "FAILED") and not wrong[i] for i, row in enumerate(rows)
-    ]
+    cut = [row.get("removed", "") for row in rows]
+    exact = [bool(cell) and "FAILED" not in cell and not wrong[i] for i, cell in enumerate(cut)]
     return (
-        f"Of {len(rows)} networks, {sum(exact)} were cut exactly, {sum(some)} of them or of the "
-        f"others without filters that were left out; {sum(refused)} were refused whole, "
-        f"{sum(wrong)} are wrong, {sum(raw)} raised raw exceptions, {sum(failed)} can't be trained."
+        f"Of {len(rows)} networks, {sum(exact)} were cut exactly. In {sum(some)} networks "
+        f"some convolutions can't lose filters. {sum(refused)} were refused whole, but {hidden} "
+        f"of these lose hidden units of linear layers. {sum(wrong)} are wrong, {sum(raw)} raised "
+        f"raw exceptions, {sum(failed)} can't be trained."
     )
 
 
