@@ -119,7 +119,7 @@ def spare_filters(
     return {
         layer: 0
         if layer in kept
-        else max(0, min(count - least[layer], math.floor(count * max_share)))
+        else max(0, min(count - least[layer], math.floor(count * max_share + 1e-9)))
         for layer, count in widths.items()
     }
 

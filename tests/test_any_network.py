@@ -685,16 +685,8 @@ def test_selected_filters_are_the_lowest_of_all_choices_that_are_allowed(seed):
     "share, filters",
     [
         (0.5, 10),
-        pytest.param(
-            0.7,
-            90,
-            marks=pytest.mark.xfail(strict=True, reason="0.7 * 90 is 62.99... in floats"),
-        ),
-        pytest.param(
-            15 / 22,
-            22,
-            marks=pytest.mark.xfail(strict=True, reason="15 / 22 * 22 is 14.99... in floats"),
-        ),
+        (0.7, 90),
+        (15 / 22, 22),
     ],
 )
 def test_a_layer_can_lose_all_filters_of_its_share(share, filters):
@@ -1559,7 +1551,6 @@ class Keeps(nn.Module):
         return self.head(self.kept)
 
 
-@pytest.mark.xfail(strict=True, reason="_pooled stays on it, so torch.save(model) fails")
 def test_nothing_is_left_on_a_tensor_that_the_forward_keeps():
     model, data = Keeps().double().eval(), images_and_labels()
     filter_scores(model, data, "activation_mean")

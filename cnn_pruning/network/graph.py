@@ -197,9 +197,11 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
 
 
 def _axis_of(parameter: Tensor) -> int | None:
-    """The axis that holds channels: axis 1 of (1, C, H, W), else the last that is longer than 1."""
-    if parameter.dim() == 4 and len(parameter) == 1 and parameter.shape[1] > 1:
-        return 1
+    """The axis of the channels: of (1, C, H, W), (C, H, W), or the last one longer than 1."""
+    if parameter.dim() == 4:
+        return 1 if len(parameter) == 1 < parameter.shape[1] else None
+    if parameter.dim() == 3 and len(parameter) > 1:
+        return 0
     longer = [axis for axis, size in enumerate(parameter.shape) if size > 1]
     return longer[-1] if longer else None
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnn_pruning.network.description import Filters, Network, Part, by_filter
 from cnn_pruning.network.passes import UnreadableError
@@ -104,6 +105,31 @@ def zero(filters: Filters) -> Act:
     return act
 
 
+class _Pooling(TorchFunctionMode):
+    """Notes of every tensor that pooling or flattening made what it was made of, and how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = WeakTensorKeyDictionary()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in POOLING and args and isinstance(output, Tensor) and output is not args[0]:
+            source = args[0]
+            if _keeps_channels(name, source, output, args[1:], kwargs):
+                z, steps = self.before(source)
+                steps = *steps, (function, args[1:], kwargs)
+                self.made[output] = z, _version(z), _version(output), steps
+        return output
+
+    def before(self, x: Tensor) -> tuple[Tensor, tuple]:
+        """The map that ``x`` was made of, and how, unless one of them was changed since."""
+        z, *versions, steps = self.made.get(x, (x, None, None, ()))
+        return (z, steps) if versions == [_version(z), _version(x)] else (x, ())
+
+
 @contextmanager
 def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
     """Call ``act`` with each map in every forward pass, once for all layers that take it.
@@ -116,6 +142,7 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         for part in group.side("in"):
             takers.setdefault(part.name, {})[name] = part
     forks: dict[int, tuple[Tensor, int, Tensor]] = {}  # of one pass
+    pooling = _Pooling()
 
     def clear(module: nn.Module, *_: object) -> None:
         if module is model:
@@ -131,13 +158,17 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         ]
         for layer, parts in takers.items():
             taker = model.get_submodule(layer)
-            handles.append(taker.register_forward_pre_hook(_looks(taker, parts, act, forks)))
+            hook = _looks(taker, parts, act, forks, pooling)
+            handles.append(taker.register_forward_pre_hook(hook))
         for handle in handles:
             stack.callback(handle.remove)
-        yield stack.enter_context(_Pooling())
+        stack.enter_context(pooling)
+        yield
 
 
-def _looks(taker: nn.Module, parts: dict[str, Part], act: Act, forks: dict) -> Callable:
+def _looks(
+    taker: nn.Module, parts: dict[str, Part], act: Act, forks: dict, pooling: _Pooling
+) -> Callable:
     """What happens where ``taker`` takes a map: ``act`` sees it as it was before any pooling."""
 
     def hook(layer: nn.Module, inputs: tuple) -> tuple | None:
@@ -145,7 +176,7 @@ def _looks(taker: nn.Module, parts: dict[str, Part], act: Act, forks: dict) -> C
             return None
         x, *rest = inputs
         tokens = isinstance(taker, nn.Linear) and x.dim() > 2
-        z, steps = (x, ()) if tokens else _before_pooling(x)
+        z, steps = (x, ()) if tokens else pooling.before(x)
         axis = x.dim() - 1 if tokens else 1
         here, version, fork = forks.get(id(z), (None, 0, z))
         if here is not z or version != _version(z):
@@ -172,36 +203,6 @@ def _of_maps(parts: dict[str, Part], columns: int) -> dict[str, Part]:
         channels, owners = part.channels[first] // columns, part.owners[first]
         found[name] = Part(part.name, part.side, channels, owners)
     return found
-
-
-class _Pooling(TorchFunctionMode):
-    """Notes on every tensor that pooling or flattening made what it was made of, and how."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        output = function(*args, **kwargs)
-        name = getattr(function, "__name__", "")
-        if name in POOLING and args and isinstance(output, Tensor) and output is not args[0]:
-            source = args[0]
-            if _keeps_channels(name, source, output, args[1:], kwargs):
-                z, steps = _before_pooling(source)
-                output._pooled = (
-                    z,
-                    _version(z),
-                    _version(output),
-                    (
-                        *steps,
-                        (function, args[1:], kwargs),
-                    ),
-                )
-        return output
-
-
-def _before_pooling(x: Tensor) -> tuple[Tensor, tuple]:
-    """The map that ``x`` was made of, and how, unless one of them was changed since."""
-    z, *versions, steps = getattr(x, "_pooled", (x, None, None, ()))
-    same = versions == [_version(z), _version(x)]
-    return (z, steps) if same else (x, ())
 
 
 def _keeps_channels(name: str, source: Tensor, output: Tensor, args: tuple, kwargs: dict) -> bool:
