@@ -491,6 +491,22 @@ def test_other_mistakes_are_refused():
         filter_scores(without_gradient, data)
 
 
+def test_a_head_that_is_used_in_training_alone_loses_the_same_channels():
+    aux = nn.Sequential(conv(4, 3), nn.BatchNorm2d(3), nn.ReLU(), head(3))
+    model = Net(
+        lambda m, x: (lambda z: m.head(m.b(z)) + (m.aux(z) if m.training else 0))(F.relu(m.a(x))),
+        **{"a": conv(2, 4), "b": conv(4, 5), "head": head(5), "aux": aux},
+    )
+    data = random_images()
+    with pytest.warns(UserWarning, match=r"aux\.0 \(it is used in training alone\)"):
+        assert list(filter_scores(model, data)) == ["a", "b"]
+    small = remove_filters(model, {"a": [1, 2]}, data)
+    assert small.aux[0].in_channels == 2
+    with mask_filters(model.train(), {"a": [1, 2]}, data):
+        masked = model(data.tensors[0])
+    torch.testing.assert_close(small.train()(data.tensors[0]), masked)
+
+
 def test_keep_names_any_layer_of_a_group():
     model, data = Residual(0), random_images()
     for name in ("stem.0", "b.0", "b.1"):

@@ -65,8 +65,13 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
             )
     graph = _graph(traced, images, both=bool(trained.keys() - evaluated.keys()))
     reader = _Reader(traced, graph)
-    groups, left_out, seen = {}, {}, set()
-    for name in dict.fromkeys((*evaluated, *trained)):
+    groups, seen = {}, set()
+    left_out = {
+        name: "it is used in training alone"
+        for name in trained.keys() - evaluated.keys()
+        if isinstance(traced.get_submodule(name), CONV)
+    }
+    for name in evaluated:
         layer = traced.get_submodule(name)
         if not isinstance(layer, CONV | nn.Linear) or layer in seen:
             continue
