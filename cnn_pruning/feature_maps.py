@@ -50,17 +50,30 @@ def scorable(
     def wanted(name: str) -> bool:
         return name not in kept and (linear or not isinstance(network.layer(name), nn.Linear))
 
+    units = not linear and any(not wanted(name) for name in network.groups if name not in kept)
     network = only_exact(network.only(wanted))
     reasons = {n: why for n, why in network.left_out.items() if wanted(n) and n not in keep}
     if not network.groups and not kept:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise TypeError(
-            f"{type(model).__name__} has no filters that could go ({why or 'no convolution'})"
-            + ": linear=True takes hidden units of its linear layers." * (not linear)
+            f"{type(model).__name__} has no filters that could go "
+            f"({_listed(reasons) or 'no convolution'})"
+            + (": linear=True takes hidden units of its linear layers." if units else ".")
         )
-    if said := [f"{n} ({why})" for n, why in reasons.items() if why != IN_OUTPUTS]:
-        warnings.warn(f"Left out, because they can't go: {', '.join(said)}.", stacklevel=3)
+    reasons = {name: why for name, why in reasons.items() if why != IN_OUTPUTS}
+    if reasons:
+        warnings.warn(f"Left out, because they can't go: {_listed(reasons)}.", stacklevel=3)
     return network
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    """The names, at most three for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(
+        ", ".join(found[:3]) + f" and {len(found) - 3} others" * (len(found) > 3) + f" ({why})"
+        for why, found in names.items()
+    )
 
 
 def feature_maps(

@@ -405,6 +405,19 @@ def test_the_network_is_left_as_it_was_and_its_copy_keeps_what_it_had():
     assert small.b[0].weight.grad is not None
 
 
+def test_a_warning_names_three_layers_of_a_reason_and_counts_the_others():
+    def how(m, x):
+        for layer in m.before:
+            x = F.relu(layer(x))
+        return m.head(F.relu(m.last(x.detach())))
+
+    before = nn.ModuleList([conv(2, 4), *(conv(4, 4) for _ in range(4))])
+    model = Net(how, before=before, last=conv(4, 5), head=head(5))
+    message = r"before\.0, before\.1, before\.2 and 2 others \(no gradient comes back"
+    with pytest.warns(UserWarning, match=message):
+        assert list(filter_scores(model, random_images())) == ["last"]
+
+
 OBSTACLES = {
     "layer norm": (nn.LayerNorm(8), 4, "norm is a LayerNorm"),
     "response norm": (
@@ -450,7 +463,7 @@ def test_layers_that_share_a_weight_are_left_out():
     )
     model.c.weight = model.b.weight
     data = random_images()
-    with pytest.warns(UserWarning, match=r"a \([bc] shares a weight with another layer\)"):
+    with pytest.warns(UserWarning, match=r"a, b \([bc] shares a weight with another layer\)"):
         scores = filter_scores(model, data)
     assert list(scores) == ["first"]
     remove_filters(model, select_filters(scores, 2), data)
@@ -487,7 +500,7 @@ def test_other_mistakes_are_refused():
     without_gradient = Net(
         lambda m, x: m.head(F.relu(m.first(x)).detach()), first=conv(2, 4), head=head(4)
     )
-    with pytest.raises(TypeError, match=r"no filters .*first: no gradient comes back"):
+    with pytest.raises(TypeError, match=r"no filters .*first \(no gradient comes back"):
         filter_scores(without_gradient, data)
 
 

@@ -740,7 +740,9 @@ def test_layers_that_share_a_weight_are_refused():
         *(nn.Flatten(), nn.Linear(16, 3)),
     )
     model[4].weight = model[2].weight
-    with pytest.raises(TypeError, match=r"no filters .*0: [24] shares a weight with another layer"):
+    with pytest.raises(
+        TypeError, match=r"no filters .*\(0, 2 \([24] shares a weight with another layer"
+    ):
         filter_scores(model, data())
     with pytest.raises(TypeError, match=r"^0 can't lose filters: [24] shares a weight"):
         remove_filters(model, {"0": [0]}, data())

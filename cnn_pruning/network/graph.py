@@ -40,6 +40,9 @@ HARMLESS = set(
 )
 
 
+BY_VALUE = ("__bool__", "__int__", "__float__", "item", "nonzero", "nms", "masked_select")
+
+
 class _Obstacle(Exception):
     """Why the filters that are being followed can't go."""
 
@@ -77,7 +80,10 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
             continue
         seen.add(layer)
         try:
-            groups[name], together = reader.group(name, layer)
+            group, together = reader.group(name, layer)
+            if group.filters == 1 < group.channels():
+                raise _Obstacle(f"its {group.channels()} filters can only go together")
+            groups[name] = group
             seen |= together
         except _Obstacle as obstacle:
             left_out[name] = str(obstacle)
@@ -122,10 +128,11 @@ class _Makers(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         output = function(*args, **(kwargs or {}))
-        if name in ("__bool__", "__int__", "__float__", "item") and not self.training:
+        chosen = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
+        if (name in BY_VALUE or chosen) and not self.training:
             raise UnreadableError(
-                "The network's forward depends on values that it computes (an if, or "
-                f"{name.strip('_')}, of a tensor), so it can't be read from a few images."
+                "The network's forward depends on values that it computes (an if on a tensor, or "
+                f"{name.strip('_')}), so it can't be read from a few images."
             )
         if "dropout" in name:
             if not self.training and (kwargs or {}).get("training"):
@@ -356,7 +363,7 @@ def _tied(layer: object, side: str, channel: int) -> Iterable[int]:
 def counts_on_them(passed: Iterable[str]) -> str:
     """Why filters can't go whose maps pass these operations, if their number stands in one."""
     said = f"{' or '.join(sorted(passed)) or 'something'} behind them counts on their number"
-    return said + " (write torch.flatten(x, 1) instead of a fixed width)" * ("view" in passed)
+    return said + " (write torch.flatten(x, 1) instead of a fixed width)" * ({*passed} == {"view"})
 
 
 def _named(node) -> str:

@@ -53,7 +53,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         memo |= {
             id(value): value.detach().clone()
-            for value in vars(module).values()
+            for value in tree_leaves([*vars(module).values()])
             if isinstance(value, Tensor) and not value.is_leaf
         }
     try:
