@@ -373,6 +373,8 @@ def score(
     Raises as ``filter_scores`` does.
     """
     found = check(network, criterion, cost)
+    if not network.groups:
+        return {}
     whole = found if found in WHOLE else over_examples(found)
     scores = whole(network, data, batch_size, cost)
     for name, values in scores.items():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cnn_pruning.experiments.data import batches, few_images
-from cnn_pruning.network.description import IN_OUTPUTS, Network
+from cnn_pruning.network.description import IN_OUTPUTS, ONE_MAP, Network, names_of
 from cnn_pruning.network.maps import Maps, Seen, on_feature_maps, side_by_side, with_gradient
 from cnn_pruning.network.passes import (
     Cost,
@@ -52,14 +52,19 @@ def scorable(
 
     units = not linear and any(not wanted(name) for name in network.groups if name not in kept)
     network = only_exact(network.only(wanted))
-    reasons = {n: why for n, why in network.left_out.items() if wanted(n) and n not in keep}
+    spared = tuple(f"{name}." for name in names_of(keep))
+    reasons = {
+        name: why
+        for name, why in network.left_out.items()
+        if wanted(name) and not f"{name}.".startswith(spared)
+    }
     if not network.groups and not kept:
         raise TypeError(
             f"{type(model).__name__} has no filters that could go "
             f"({_listed(reasons) or 'no convolution'})"
             + (": linear=True takes hidden units of its linear layers." if units else ".")
         )
-    reasons = {name: why for name, why in reasons.items() if why != IN_OUTPUTS}
+    reasons = {n: why for n, why in reasons.items() if why not in (IN_OUTPUTS, ONE_MAP)}
     if reasons:
         warnings.warn(f"Left out, because they can't go: {_listed(reasons)}.", stacklevel=3)
     return network

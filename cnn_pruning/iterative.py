@@ -53,6 +53,9 @@ class Step:
     """What this step removed, by layer: indices of the *original* network."""
     kept: Filters
     """What remains, by layer: indices of the original network, in the order of the filters."""
+    gone: Filters
+    """What all steps so far removed: with it, ``remove_filters`` builds this network from a new
+    original one."""
     filters: int
     parameters: int
     macs: int
@@ -136,7 +139,8 @@ def prune_iteratively(
         check_trainable(model, train, batch_size)
 
     stream = _endless(train, batch_size, seed)
-    kept = {name: list(range(count)) for name, count in network.filters().items()}
+    widths = network.filters()
+    kept = {name: list(range(count)) for name, count in widths.items()}
     with progress(sum(spare.values()), "pruning") as advance:
         while not budget.holds(network):
             network = network.of(copy_of(network.model))
@@ -168,6 +172,7 @@ def prune_iteratively(
                 network.model,
                 removed,
                 {name: list(indices) for name, indices in kept.items()},
+                {name: sorted({*range(k)} - {*kept[name]}) for name, k in widths.items()},
                 **_sizes(network, images),
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,

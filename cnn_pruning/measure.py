@@ -22,7 +22,7 @@ from cnn_pruning.experiments.model import CNN
 from cnn_pruning.network.checks import integer, positive, shown
 from cnn_pruning.network.description import Network
 from cnn_pruning.network.passes import Inputs, device_of, evaluation, on_device, outputs_of
-from cnn_pruning.network.reading import read
+from cnn_pruning.network.reading import only_exact, read
 from cnn_pruning.network.removal import remove
 
 
@@ -92,7 +92,7 @@ def filter_costs(
     read without ``data``, and its multiply-adds are 0 then, unless it is a ``CNN``.
     """
     images = None if data is None else few_images(data, 2)
-    network, rows = read(model, images), []
+    network, rows = only_exact(read(model, images)), []
 
     def size(model: nn.Module) -> tuple[int, int]:
         known = images is not None or isinstance(model, CNN)

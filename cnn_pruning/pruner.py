@@ -40,7 +40,8 @@ def filter_scores(
     norm), the key is the first convolution, and score k is that of all that goes with its filter k.
     With ``linear``, the hidden units of linear layers are scored, too.
 
-    ``criterion`` is a name in ``criteria.CRITERIA``, or a function of (feature map, gradient), both
+    ``criterion`` is a name in ``criteria.CRITERIA`` ("taylor", "weight", "oracle_abs", "random" and
+    others), or a function of (feature map, gradient), both
     (N, filters, values), that returns (N, filters): its mean over all examples is the score. The
     feature map has the values of all maps of a filter, side by side, as they were before pooling.
     ``data`` is any dataset of (image, label), or of ((image, vector), label) for a network of
@@ -63,8 +64,9 @@ def filter_scores(
     if each has all of the data, or with ``ranks.pool(part)`` if each has a part of its own; all of
     them return the scores on all of the data.
 
-    Raises ``TypeError`` if no filter can go or the network ends in a softmax, ``ValueError`` for an
-    unknown criterion or layer, an empty dataset, or data that the network can't take.
+    Raises ``TypeError`` if no filter can go, ``ValueError`` for an unknown criterion or layer, an
+    empty dataset, data that the network can't take, or outputs that are probabilities (a
+    ``TypeError`` where the softmax is known beforehand).
 
     Source: Molchanov et al. 2017, section 2.2, for the groups of Fang et al. 2023 (DepGraph).
     """
@@ -184,8 +186,8 @@ class TaylorPruner:
         """Return the ``n`` filters with the lowest scores: for every layer, sorted indices.
 
         Or as few as it takes for one of these to be at most what is given, in the pruned network:
-        ``macs``, ``parameters`` or ``milliseconds`` (of one image, measured here). A number below 1
-        is a share of what the network has now.
+        ``macs``, ``parameters``, ``filters`` or ``milliseconds`` (of one image, measured here). Of
+        the first two, a number below 1 is a share of what the network has now.
 
         Raises ``RuntimeError`` before ``score``, ``ValueError`` for a budget that can't be reached,
         and as ``select_filters`` does.
@@ -204,6 +206,8 @@ class TaylorPruner:
                 compared, count, self.min_filters, kept, self.max_share, multiples
             )
 
+        if not budget and n is None:
+            raise ValueError("Name the number of filters or a budget, such as macs=0.5.")
         if not budget:
             return lowest(n)
         if n is not None:

@@ -1,5 +1,6 @@
 """Filters that go together: their score is a gate's derivative, and a closed gate is removal."""
 
+import copy
 import random
 import warnings
 
@@ -27,6 +28,7 @@ from cnn_pruning import (
     remove_filters,
     select_filters,
 )
+from cnn_pruning.measure import filter_costs
 from cnn_pruning.network import reading, removal
 
 
@@ -444,14 +446,15 @@ def test_what_cannot_go_exactly_is_left_out_by_name_and_refused_to_be_removed(wa
         **{"a": conv(2, 4), "norm": norm, "b": conv(width, 5), "head": head(5)},
     ).to(dtype)
     data = random_images(dtype=dtype)
-    with pytest.warns(UserWarning, match=rf"^Left out, because they can't go: a \({why}"):
+    with pytest.warns(UserWarning, match=rf"^Left out, because they can't go: a.* \({why}"):
         scores = filter_scores(model, data)
     assert list(scores) == ["b"]
     with pytest.raises(TypeError, match=f"^a can't lose .*{why}"):
         remove_filters(model, {"a": [1]}, data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert list(filter_scores(model, data, keep="a")) == ["b"]
+        keep = ["a", "norm"] if isinstance(norm, nn.Conv2d) else ["a"]
+        assert list(filter_scores(model, data, keep=keep)) == ["b"]
     remove_filters(model, select_filters(scores, 2), data)
 
 
@@ -518,6 +521,51 @@ def test_a_head_that_is_used_in_training_alone_loses_the_same_channels():
     with mask_filters(model.train(), {"a": [1, 2]}, data):
         masked = model(data.tensors[0])
     torch.testing.assert_close(small.train()(data.tensors[0]), masked)
+
+
+def test_keep_of_everything_leaves_no_scores():
+    model, data = Residual(0), random_images()
+    for criterion in ("taylor", "apoz", "weight"):
+        assert filter_scores(model, data, criterion, keep=GROUPS) == {}
+
+
+def test_a_norm_before_an_activation_in_place_loses_its_channels_too():
+    model = Net(
+        lambda m, x: m.head(m.last(m.act(m.norm(m.first(x))))),
+        **{"first": conv(2, 4), "norm": nn.InstanceNorm2d(4, affine=True)},
+        **{"act": nn.ReLU(inplace=True), "last": conv(4, 5), "head": head(5)},
+    )
+    data = random_images()
+    assert list(filter_scores(model, data)) == ["first", "last"]
+    assert [row["filters"] for row in filter_costs(model, data)] == [4, 5]
+    small = remove_filters(model, {"first": [0, 2]}, data)
+    assert small.norm.num_features == 2 and small.act.inplace
+
+
+def test_one_map_that_is_multiplied_with_all_others_ties_nothing():
+    model = Net(
+        lambda m, x: (lambda z: m.head(m.last(z * torch.sigmoid(m.gate(z)))))(F.relu(m.first(x))),
+        **{"first": conv(2, 6), "gate": nn.Conv2d(6, 1, 1), "last": conv(6, 5), "head": head(5)},
+    )
+    data = random_images()
+    assert list(filter_scores(model, data)) == ["first", "last"]
+    small = remove_filters(model, {"first": [0, 3]}, data)
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for taker in (zeroed.gate, zeroed.last):
+            taker.weight[:, [0, 3]] = 0
+    torch.testing.assert_close(small(data.tensors[0]), zeroed(data.tensors[0]))
+
+
+def test_keep_names_modules_with_all_that_is_inside_and_nothing_without_filters():
+    layers = {"block": nn.Sequential(conv(2, 4), nn.ReLU()), "act": nn.ReLU()}
+    model = Net(
+        lambda m, x: m.head(m.act(m.last(m.block(x)))), **layers, last=conv(4, 5), head=head(5)
+    )
+    data = random_images()
+    assert list(filter_scores(model, data, keep="block")) == ["last"]
+    with pytest.raises(ValueError, match=r"keep names act, which has no filters"):
+        filter_scores(model, data, keep="act")
 
 
 def test_keep_names_any_layer_of_a_group():

@@ -78,6 +78,9 @@ def test_every_step_says_what_went_and_what_remains(options):
             size = model.get_submodule(layer).out_channels
             assert sorted(step.kept[layer] + gone[layer]) == list(range(size))
         assert step.filters == left == sum(step.model.channels)
+        assert {k: sorted(v) for k, v in gone.items()} == step.gone
+        again = remove_filters(model, step.gone).state_dict()
+        assert all(again[k].shape == v.shape for k, v in step.model.state_dict().items())
         assert step.model.channels == tuple(map(len, step.kept.values()))
         assert step.parameters == count_parameters(step.model)
         assert step.macs == count_macs(step.model)

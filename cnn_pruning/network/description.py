@@ -14,6 +14,7 @@ Filters = dict[str, list[int]]
 """Indices of filters, by name of group."""
 
 IN_OUTPUTS = "their maps are in the network's outputs"
+ONE_MAP = "its one map is multiplied with others"
 
 CONV = nn.modules.conv._ConvNd
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -94,9 +95,25 @@ class Network:
             return None
 
     def names_of(self, keep: Collection[str] | str) -> list[str]:
-        """Return the groups of which ``keep`` names a layer."""
-        kept = set(names_of(keep))
-        return [n for n, g in self.groups.items() if kept & {p.name for p in g.side("out")}]
+        """Return the groups of which ``keep`` names a layer, or a module that a layer is in.
+
+        Raises ``ValueError`` for a name that has no filters.
+        """
+        found = set()
+        for kept in names_of(keep):
+
+            def inside(layer: str, kept: str = kept) -> bool:
+                return f"{layer}.".startswith(f"{kept}.")
+
+            names = {
+                name
+                for name, group in self.groups.items()
+                if any(inside(part.name) for part in group.side("out"))
+            }
+            if not names and not any(map(inside, self.left_out)):
+                raise ValueError(f"keep names {kept}, which has no filters that could go.")
+            found |= names
+        return [name for name in self.groups if name in found]
 
     def checked(self, filters: Mapping[str, Iterable[int]]) -> Filters:
         """``filters`` as sorted lists of integers, or a ``ValueError`` that says what is wrong.

@@ -22,7 +22,7 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
 from cnn_pruning.network.checks import first_line
-from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, Group, Part
+from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, ONE_MAP, Group, Part
 from cnn_pruning.network.passes import Inputs, UnreadableError, outputs_of, training_flags
 from cnn_pruning.network.removal import is_depthwise, size_name
 
@@ -82,7 +82,7 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
         try:
             group, together = reader.group(name, layer)
             if group.filters == 1 < group.channels():
-                raise _Obstacle(f"its {group.channels()} filters can only go together")
+                raise _Obstacle(f"{group.channels()} filters that can only go together")
             groups[name] = group
             seen |= together
         except _Obstacle as obstacle:
@@ -98,7 +98,7 @@ def _layers_used(network: nn.Module, images: Inputs, training: bool) -> dict[str
     used: dict[str, str] = {}
     with ExitStack() as stack:
         for name, layer in network.named_modules():
-            if not any(layer.children()):
+            if isinstance(layer, CONV | nn.Linear) or not any(layer.children()):
 
                 def record(_: nn.Module, inputs: tuple, name: str = name) -> None:
                     used.setdefault(name, getattr(next(iter(inputs), None), "_maker", ""))
@@ -150,7 +150,10 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
     """Torch-Pruning's graph of evaluation, or of ``both`` modes: then layers that are used in
     training alone are tied, too.
     """
-    for layer in traced.modules():  # the graph sees parameters: make one's own buffers such
+    for layer in traced.modules():
+        if getattr(layer, "inplace", False):  # on a view, it would take layers out of the graph
+            layer.inplace = False
+        # The graph sees parameters: make one's own buffers such
         for name, value in [*layer._buffers.items()]:
             if not isinstance(layer, NORMS) and value is not None and value.is_floating_point():
                 del layer._buffers[name]
@@ -284,6 +287,12 @@ class _Reader:
         stack = [(root, "out", [_HybridIndex(idx=k, root_idx=k) for k in range(size)])]
         while stack:
             node, side, pairs = stack.pop()
+            if isinstance(node.module, CONV | nn.Linear) and side == "out":
+                there = self._size(node, side)
+                if size == 1 < there and not is_depthwise(node.module):
+                    raise _Obstacle(ONE_MAP)
+                if there == 1 < size:
+                    continue  # its one map is multiplied with all of theirs
             self._check(node)
             known, new = found.setdefault((node, side), {}), []
             for pair in pairs:
@@ -338,14 +347,17 @@ class _Reader:
 
     def _part(self, node, side: str, channels: Tensor, owners: Tensor) -> Part | None:
         """The part of a group that a layer or parameter is, None if these can't be its channels."""
-        layer, name = node.module, self.names[node.module]
+        if channels[-1] >= self._size(node, side):
+            return None
+        own = isinstance(node.module, nn.Parameter)
+        place = ("", channels, owners, node.pruning_dim) if own else (side, channels, owners)
+        return Part(self.names[node.module], *place)
+
+    def _size(self, node, side: str) -> int:
+        layer = node.module
         if isinstance(layer, nn.Parameter):
-            part = Part(name, "", channels, owners, node.pruning_dim)
-            size = layer.shape[node.pruning_dim]
-        else:
-            part = Part(name, side, channels, owners)
-            size = getattr(layer, size_name(layer, side))
-        return part if channels[-1] < size else None
+            return layer.shape[node.pruning_dim]
+        return getattr(layer, size_name(layer, side), 0)
 
 
 def _tied(layer: object, side: str, channel: int) -> Iterable[int]:

@@ -194,7 +194,8 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
     if labels.shape != outputs.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"The labels must be int64 ({len(outputs)},), but they are "
-            f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}."
+            f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}: number the "
+            "classes, or give a cost of your own."
         )
     low, high = labels.aminmax()
     if low < 0 or high >= outputs.shape[1]:  # cross_entropy would skip a label of -100
