@@ -312,36 +312,20 @@ def obd(
     return {layer: total / len(data) for layer, total in totals.items()}
 
 
+# These look at the weights, or at all examples at once; the others at one example and filter.
+WHOLE = (
+    *(taylor_abs_last, weight, activation_std, mutual_information, obd, random),
+    *(oracle, oracle_abs),
+)
 CRITERIA: dict[str, PerExample | Criterion] = {
     criterion.__name__: criterion
     for criterion in (
-        taylor,
-        taylor_abs_first,
-        taylor_abs_last,
-        taylor_squared,
-        weight,
-        activation_mean,
-        activation_std,
-        apoz,
-        mutual_information,
-        obd,
-        random,
-        oracle,
-        oracle_abs,
+        *(taylor, taylor_abs_first, taylor_abs_last, taylor_squared, weight),
+        *(activation_mean, activation_std, apoz, mutual_information, obd),
+        *(random, oracle, oracle_abs),
     )
 }
 FORWARD_ONLY = (activation_mean, apoz)
-# These look at the weights, or at all examples at once; the others at one example and filter.
-WHOLE = (
-    taylor_abs_last,
-    weight,
-    activation_std,
-    mutual_information,
-    obd,
-    random,
-    oracle,
-    oracle_abs,
-)
 
 
 def find(criterion: str | PerExample) -> PerExample | Criterion:
