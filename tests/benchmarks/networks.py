@@ -10,7 +10,6 @@ network, as a share of the largest output.
 """
 
 import argparse
-import copy
 import importlib.util
 import io
 import sys
@@ -43,6 +42,7 @@ from cnn_pruning import (
 from cnn_pruning.feature_maps import scorable
 from cnn_pruning.measure import count_parameters
 from cnn_pruning.network.description import CONV, IN_OUTPUTS, Network
+from cnn_pruning.network.passes import copy_of
 
 IMAGES = 4
 LR = 1e-4
@@ -124,7 +124,7 @@ class Result:
 
     def cost(self) -> Callable | None:
         """None for a network that returns logits, in training too."""
-        copied = copy.deepcopy(self.model).train()
+        copied = copy_of(self.model).train()
         with torch.no_grad():
             found = copied(*self.images), copied.eval()(*self.images)
         plain = all(isinstance(y, Tensor) and y.shape == (IMAGES, CLASSES) for y in found)
@@ -222,23 +222,23 @@ def removed(result: Result) -> str:
 
 @torch.no_grad()
 def masked_against_removed(result: Result) -> str:
-    model = copy.deepcopy(result.model).double().eval()
+    model = copy_of(result.model).double().eval()
     images = [x.double() for x in result.images]
     with mask_filters(result.network.of(model), result.chosen):
         masked = model(*images)
-    return difference(copy.deepcopy(result.small).double()(*images), masked, 1e-9)
+    return difference(copy_of(result.small).double()(*images), masked, 1e-9)
 
 
 @torch.no_grad()
 def zeroed_against_removed(result: Result) -> str:
     """Zeros in place of the weights that the next layers have for what is gone: no hook is used."""
-    model = copy.deepcopy(result.model).double().eval()
+    model = copy_of(result.model).double().eval()
     for name, gone in result.chosen.items():
         for part in result.network.groups[name].side("in"):
             channels = part.channels[torch.isin(part.owners, torch.tensor(gone))]
             zero_columns(model.get_submodule(part.name), channels)
     images = [x.double() for x in result.images]
-    return difference(copy.deepcopy(result.small).double()(*images), model(*images), 1e-9)
+    return difference(copy_of(result.small).double()(*images), model(*images), 1e-9)
 
 
 def zero_columns(layer: nn.Module, channels: Tensor) -> None:
