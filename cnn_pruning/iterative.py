@@ -104,6 +104,9 @@ def prune_iteratively(
     ``max_share`` are those of ``select_filters``; ``keep``, ``cost`` and ``linear`` those of
     ``filter_scores``.
 
+    A network that isn't a Sequential is tried out once, before the first step: that each group can
+    lose filters exactly. The steps rely on that.
+
     Several ranks work together if ``train`` comes from ``ranks.divide``, as in ``fit``, and all of
     them end with the same network, whatever ``criterion`` and ``rescore`` draw on each.
 
@@ -155,8 +158,8 @@ def prune_iteratively(
             room = sum(spare_filters(network.filters(), least).values())
             left = sum(network.filters().values()) - filters if filters else room
             count = min(per_step, room, left)
-            named = scores if isinstance(scores, dict) else ()
-            limits = {name: most for name, most in least.items() if name in named}
+            rescored = scores if isinstance(scores, dict) else ()
+            limits = {name: fewest for name, fewest in least.items() if name in rescored}
             chosen = network.checked(select_filters(scores, count, limits))
             chosen = gathered(train, network.model, chosen)[0]  # whatever rescore does on each rank
             network = remove(network, chosen)

@@ -81,7 +81,7 @@ class Resting(nn.Module):
 
 
 def residual():
-    """A network that isn't a chain."""
+    """A network whose maps are added."""
     pytest.importorskip("torch_pruning")
 
     class Residual(nn.Module):
@@ -129,10 +129,6 @@ def at_random(network, scores):
     return {layer: torch.rand(len(values)) for layer, values in scores.items()}
 
 
-def group_scores(data):
-    return filter_scores(residual(), data, batch_size=4)
-
-
 def results(of):
     """What the tests compare; ``of`` is ``divide`` for several ranks, and nothing for one."""
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # for random scores
@@ -148,7 +144,7 @@ def results(of):
         "function": filter_scores(model, of(TRAIN), lambda z, slope: z.amax(2), batch_size=4),
         "cost": filter_scores(model, of(TRAIN), cost=cost, batch_size=7),
         "pruner": TaylorPruner(model).score(of(TRAIN)),
-        "groups": group_scores(of(FEW[5])),
+        "groups": filter_scores(residual(), of(FEW[5]), batch_size=4),
         "evaluate": [evaluate(model, of(data), 4) for data in (VAL, *FEW.values(), Pairs(VAL))],
     }
     assert_same(state_of(model), before | {"random": torch.get_rng_state()})

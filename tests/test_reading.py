@@ -1,4 +1,4 @@
-"""What is a chain is decided by what is computed, not by how it is written."""
+"""How a network is read depends on what it computes, not on how it is written."""
 
 import copy
 import random

@@ -64,8 +64,8 @@ def divide(data: Dataset) -> Dataset:
 
     Each rank reads its part of every mini-batch, ``batch_size`` being that of all ranks together,
     and what is computed is what one process computes from all of ``data``, to rounding. Hand the
-    result to ``filter_scores``, ``evaluate``, ``fit``, ``prune_iteratively`` or ``group_scores``,
-    on every rank, with the same network and the same arguments. All of them return the same.
+    result to ``filter_scores``, ``evaluate``, ``fit`` or ``prune_iteratively``, on every rank, with
+    the same network and the same arguments. All of them return the same.
 
     Without a process group, or in one of a single rank, ``data`` is returned as it is. The group is
     the default one of ``torch.distributed``.
