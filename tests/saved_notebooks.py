@@ -21,6 +21,11 @@ def text(cell: dict) -> str:
     return "".join(cell["source"])
 
 
+def folded(cell: dict) -> bool:
+    """Whether JupyterLab hides the cell's source until the reader opens it."""
+    return cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+
+
 def prose(notebook: Path | str) -> str:
     return "\n".join(map(text, cells(notebook, "markdown")))
 
@@ -33,8 +38,8 @@ def words(notebook: Path | str) -> int:
 
 
 def lines_of_code(notebook: Path | str) -> int:
-    """The lines of all cells, and of the code within the prose, that aren't empty."""
-    code = [text(cell) for cell in cells(notebook, "code")]
+    """The lines that aren't empty, of the code within the prose and of all cells but the folded."""
+    code = [text(cell) for cell in cells(notebook, "code") if not folded(cell)]
     code += re.findall(r"```\w*\n(.*?)```", prose(notebook), re.DOTALL)
     return sum(bool(line.strip()) for source in code for line in source.split("\n"))
 
