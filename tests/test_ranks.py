@@ -19,6 +19,7 @@ from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit
 from cnn_pruning.criteria import CRITERIA
 from cnn_pruning.experiments import ranks
 from cnn_pruning.experiments.ranks import divide, pool
+from cnn_pruning.experiments.training import refresh_batch_norms
 from cnn_pruning.iterative import prune_iteratively
 
 CLASSES = 3
@@ -125,6 +126,12 @@ def steps(train, val, model=None, **options):
     ]
 
 
+def refreshed(data):
+    model = network(norm=True)
+    refresh_batch_norms(model, data, batch_size=7)
+    return dict(model.state_dict())
+
+
 def at_random(network, scores):
     return {layer: torch.rand(len(values)) for layer, values in scores.items()}
 
@@ -145,6 +152,7 @@ def results(of):
         "cost": filter_scores(model, of(TRAIN), cost=cost, batch_size=7),
         "pruner": TaylorPruner(model).score(of(TRAIN)),
         "groups": filter_scores(residual(), of(FEW[5]), batch_size=4),
+        "refreshed": refreshed(of(TRAIN)),
         "evaluate": [evaluate(model, of(data), 4) for data in (VAL, *FEW.values(), Pairs(VAL))],
     }
     assert_same(state_of(model), before | {"random": torch.get_rng_state()})
@@ -201,6 +209,7 @@ def alone():
         "networks": refused(lambda: filter_scores(network(seed=rank), divide(TRAIN))),
         "order": refused(lambda: filter_scores(rolled(network(), by=rank), divide(TRAIN))),
         "train on parts": refused(lambda: fit(network(), pool(part), VAL)),
+        "refresh from parts": refused(lambda: refreshed(pool(part))),
         "all empty": refused(lambda: filter_scores(network(), pool(Subset(TRAIN, [])))),
         "norm": refused(lambda: fit(normed, divide(FEW[5]), VAL, batch_size=3)),
         "loss": refused(lambda: fit(broken, *map(divide, single), lr=1e30, batch_size=8)),
@@ -310,7 +319,9 @@ def test_the_scores_are_those_of_one_process(together, one, name, size):
     assert_close(together[0][0]["scores"][name, size], one["scores"][name, size], 1e-12)
 
 
-@pytest.mark.parametrize("what", ["items", "function", "cost", "pruner", "groups", "evaluate"])
+@pytest.mark.parametrize(
+    "what", ["items", "function", "cost", "pruner", "groups", "evaluate", "refreshed"]
+)
 def test_what_is_computed_without_training_is_that_of_one_process(together, one, what):
     assert_close(together[0][0][what], one[what], 1e-12)
 
@@ -360,6 +371,7 @@ def test_what_the_ranks_can_not_do_together_is_refused_by_all(together):
         assert "rank 1 isn't that of rank 0" in errors["networks"]
         assert "rank 1 isn't that of rank 0" in errors["order"]
         assert "divide, not pool" in errors["train on parts"]
+        assert "divide, not pool" in errors["refresh from parts"]
         assert "empty" in errors["all empty"]
         assert "single image to a rank" in errors["norm"]
         assert "learning rate lower" in errors["loss"] and "an lr lower" in errors["steps"]

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning import evaluate, filter_scores, fit
 from cnn_pruning.experiments.data import batches
-from cnn_pruning.experiments.training import mixed_precision
+from cnn_pruning.experiments.training import mixed_precision, refresh_batch_norms
 from cnn_pruning.iterative import prune_iteratively
 
 
@@ -456,3 +456,112 @@ def test_one_output_is_refused_because_its_cross_entropy_is_always_zero():
         return nn.functional.softplus(outputs[:, 0])
 
     assert all(values.any() for values in filter_scores(model, data, cost=cost).values())
+
+
+# Statistics taken anew
+
+
+class TwoInputs(nn.Module):
+    """A network of two inputs whose batch norm sees their sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1, momentum=0.3)
+        self.linear = nn.Linear(16, 2)
+
+    def forward(self, left, right):
+        return self.linear(self.norm(left + right).flatten(1))
+
+
+def test_statistics_are_taken_anew_from_the_images_whatever_they_were():
+    images = TRAIN.tensors[0].double()
+    data = TensorDataset(images, torch.full((40,), -1.5))  # labels play no part
+    model = with_dropout().double()
+    model[1].running_mean.fill_(float("nan"))
+    refresh_batch_norms(model, data, batch_size=40)
+    with torch.no_grad():
+        maps = model[0](images)
+    assert_close(model[1].running_mean, maps.mean((0, 2, 3)))  # float64: rounding only
+    assert_close(model[1].running_var, maps.var((0, 2, 3)))
+    once = copy.deepcopy(model.state_dict())
+    refresh_batch_norms(model, data, batch_size=40)
+    assert_same(dict(model.state_dict()), dict(once))
+
+
+def test_statistics_are_the_mean_over_whole_mini_batches_of_a_random_part():
+    seen = []
+    model = network()
+    model[1].register_forward_hook(lambda norm, inputs, output: seen.append(inputs[0].clone()))
+    by_class = TensorDataset(*(tensor[TRAIN.tensors[1].argsort()] for tensor in TRAIN.tensors))
+    refresh_batch_norms(model, by_class, batch_size=7, images=20)
+    assert [len(maps) for maps in seen] == [7, 7]
+    expected = torch.stack([maps.mean((0, 2, 3)) for maps in seen]).mean(0)
+    assert_close(model[1].running_mean, expected)
+    with torch.no_grad():
+        first = model[0](by_class.tensors[0][:14])
+    assert not torch.isclose(torch.cat(seen).mean(), first.mean())
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_only_the_statistics_change(interrupted):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    model = with_dropout()
+    model[1].momentum = 0.3
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = state_of(model)
+    if interrupted:
+        handle = model[-1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            refresh_batch_norms(model, Pairs(TRAIN))
+        handle.remove()
+    else:
+        refresh_batch_norms(model, Pairs(TRAIN))
+        assert model[1].num_batches_tracked == 1
+    after = state_of(model)
+    changed = () if interrupted else ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+    for name in changed:
+        assert not torch.equal(after["values"].pop(name), before["values"].pop(name))
+    assert_same(after, before)
+    assert model[1].momentum == 0.3
+
+
+def test_images_that_the_network_cannot_take_leave_the_statistics():
+    model, other = network(), TensorDataset(torch.ones(9, 1, 5, 5), torch.zeros(9).long())
+    before = state_of(model)
+    with pytest.raises(ValueError, match="can't take a batch"):
+        refresh_batch_norms(model, other)
+    for wrong in ({"images": 0}, {"batch_size": 0}, {"data": EMPTY}):
+        with pytest.raises(ValueError, match=r"images|batch_size|empty"):
+            refresh_batch_norms(model, **{"data": TRAIN, **wrong})
+    assert_same(state_of(model), before)
+
+
+def test_frozen_statistics_stay_and_those_after_them_are_taken_anew():
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
+    model[0].requires_grad_(False).eval()
+    refresh_batch_norms(model, TRAIN)
+    assert (model[0].running_mean == 0).all() and (model[1].running_mean != 0).all()
+    assert not model[0].training and model[1].training
+
+
+def test_a_network_of_several_inputs_has_its_statistics_taken_anew():
+    images, labels = TRAIN.tensors
+    model = TwoInputs()
+    pairs = [((x, 2 * x), y) for x, y in zip(images, labels, strict=True)]
+    refresh_batch_norms(model, pairs)
+    assert_close(model.norm.running_mean, (3 * images).mean((0, 2, 3)))
+
+
+def test_a_network_without_batch_norms_is_not_run():
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 2), nn.BatchNorm1d(2, track_running_stats=False)
+    )
+    model.forward = lambda x: pytest.fail("it was run")
+    before = state_of(model)
+    refresh_batch_norms(model, TRAIN)
+    assert_same(state_of(model), before)

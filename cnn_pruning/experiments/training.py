@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.progress import progress
 from cnn_pruning.experiments.ranks import (
     Shared,
+    gathered,
     in_parallel,
     make_same,
     meeting,
@@ -24,6 +26,7 @@ from cnn_pruning.experiments.ranks import (
     summed,
 )
 from cnn_pruning.network.checks import check_function, integer, positive
+from cnn_pruning.network.description import BATCH_NORM
 from cnn_pruning.network.passes import (
     Cost,
     copy_of,
@@ -204,15 +207,64 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        frozen = [m for m in norms if not m.training and [*m.parameters()]]
+        frozen = _frozen_norms(model)
         model.train()
-        for norm in frozen:  # as recipes for transfer learning have it
-            norm.train(any(parameter.requires_grad for parameter in norm.parameters()))
+        for norm in frozen:
+            norm.eval()
         try:
             yield
         finally:
             model.zero_grad()
+
+
+def _frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms as recipes for transfer learning freeze them, also in evaluation mode."""
+    norms = (m for m in model.modules() if isinstance(m, BATCH_NORM) and not m.training)
+    weights = ((norm, [*norm.parameters()]) for norm in norms)
+    return [norm for norm, own in weights if own and not any(p.requires_grad for p in own)]
+
+
+@torch.no_grad()
+def refresh_batch_norms(
+    model: nn.Module, data: Dataset, batch_size: int = 128, images: int = 5_000
+) -> None:
+    """Take the running statistics of the batch norms of ``model`` anew, in place, from ``data``.
+
+    Those of a network that has lost filters are stale. The new ones are the mean over the whole
+    mini-batches among ``images`` examples, a fixed random part of ``data``; their labels play no
+    part. Batch norms that are frozen stay, as in ``fit``, and the other layers are in evaluation
+    mode meanwhile. A network without batch norms isn't run.
+
+    Every rank does the same with data from ``ranks.divide``, and all end with the same network.
+    Raises ``ValueError`` as ``evaluate`` does; the statistics are then as they were.
+    """
+    images = integer("images", images, 1)
+    loader = batches(own(data), batch_size, torch.Generator().manual_seed(0))
+    frozen = _frozen_norms(model)
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.running_mean is not None]
+    norms = {norm: norm.momentum for norm in norms if norm not in frozen}
+    if not norms:
+        return
+    if isinstance(data, Shared) and not data.whole:
+        raise ValueError("Every rank needs all of the data: use divide, not pool.")
+    gathered(data, model, None)  # raises if the networks differ
+    device, before = device_of(model), [copy.deepcopy(norm.state_dict()) for norm in norms]
+    with evaluation(model):
+        try:
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean
+            for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
+                outputs_of(model, on_device(inputs, device))
+        except BaseException:
+            for norm, values in zip(norms, before, strict=True):
+                norm.load_state_dict(values)
+            raise
+        finally:
+            for norm, momentum in norms.items():
+                norm.momentum = momentum
+    make_same(model, data)
 
 
 def mixed_precision(model: nn.Module, train: Dataset | None = None) -> torch.autocast:
@@ -265,7 +317,7 @@ def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:
         raise ValueError(
             "The network has no parameter to train: set requires_grad of those that should learn."
         )
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
     ranks = train.ranks if isinstance(train, Shared) else 1
     sizes = min(batch_size, len(train)), len(train) % batch_size
     if norms and any(0 < size < 2 * ranks for size in sizes):
