@@ -102,7 +102,7 @@ OUTPUTS = ["rho 0.952, 12 filters, change -0.88, 62%", "126,698 parameters", "7 
     "words",
     [
         "ρ is .952 for 12 filters, a lead of .88",
-        "By 62 % fewer, 126,698 of them, −0.88",
+        "By 62 % fewer, 126,698 of them, \u22120.88",
         "Eq. 8 in notebooks 5, 6 and 7, of 2017, at $g=3$, with `network.3` and VGG-16",
         "[notebook 5](05_fine_tuning.ipynb) has the 24, two of them twice",
     ],
