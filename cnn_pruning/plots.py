@@ -1,47 +1,58 @@
 """The palette, and the figures of the command and of more than one notebook."""
 
 import base64
+import html
 import io
 import math
-import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 
 from cnn_pruning.scores import Filters, Scores
 
-# One color for a thing, in every figure, on a light page and on a dark one. The layers and the
-# removed filters have Okabe and Ito's; the methods keep their distance from the first two layers,
-# from removed filters, and from each other, for color-blind readers too.
-INK = "#7B7B7B"  # words, axes and lines that stand for no method
-LAYERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-REMOVED = "#D55E00"
-STAYS = "#B8B8B8"
-CONTROL = "#A0A0A0"
-METHODS = {
-    # what Taylor left has its color
-    **dict.fromkeys(("taylor", "fine-tuned", "one shot"), "#009068"),
-    "taylor_abs_first": "#6CC9AE",
-    **dict.fromkeys(("oracle", "oracle_abs"), "#A84C7E"),
-    "greedy": "#8450DA",
-    "weight": "#62B8F0",
-    "activation_mean": "#A9B04A",
-    "apoz": "#9E5B18",
-    "obd": "#5F58C8",
-    **dict.fromkeys(("random", "random, like taylor"), CONTROL),
-    "baseline": "#666666",
-    "scratch": "#8B80F9",
+# One color for a thing, in every figure. Colors that meet in one figure are at least 20 apart in
+# CIELAB for each kind of color blindness, too (tests/test_palette.py); lines also differ in
+# markers and dashes. The page behind is white in a dark notebook as well: no ink can be read on
+# both, and a dark one is easier on the eyes.
+PAGE = "#FFFFFF"
+INK = "#1F1F1F"  # words, axes and lines that stand for no method
+LAYERS = ("#284E90", "#CE8711", "#449B65", "#977E9D")
+LAYER_NAMES = ("first layer", "second layer", "third layer", "fourth layer")
+REMOVED = "#B01119"
+STAYS = "#C4C4C4"
+CONTROL = "#A39599"
+_GREEN, _PURPLE, _ORANGE, _GRAY = "#32A75B", "#850398", "#D67E14", "#62575A"
+_LOOKS = {  # color, marker and dashes; variants share their color
+    "taylor": (_GREEN, "o", "-"),
+    "fine-tuned": (_GREEN, "o", "-"),
+    "one shot": (_GREEN, "D", "--"),
+    "taylor_abs_first": (_GREEN, "v", ":"),
+    "oracle": (_PURPLE, "s", (0, (5, 1.5))),
+    "oracle_abs": (_PURPLE, "s", (0, (5, 1.5))),
+    "greedy": ("#6636E4", "P", (0, (5, 1.5, 1, 1.5))),
+    "weight": ("#7E93C5", "^", (0, (3, 1.5, 1, 1.5, 1, 1.5))),
+    "activation_mean": (_GRAY, "<", "-."),
+    "apoz": (_GRAY, ">", ":"),
+    "obd": (_GRAY, "*", "--"),
+    "random": (CONTROL, "X", (0, (1.5, 1))),
+    "random, same layers": (CONTROL, "d", (0, (4, 2))),
+    "baseline": (_GRAY, "h", (0, (8, 2))),
+    "baseline, more epochs": (_GRAY, "p", (0, (2, 2))),
+    "scratch": (_ORANGE, "v", (0, (6, 1, 2, 1))),
+    "scratch, same epochs": (_ORANGE, "1", ":"),
 }
-NEARLY_DEAD = 100  # times less than the highest score
-_WORDS = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+METHODS = {name: color for name, (color, _, _) in _LOOKS.items()}
 STYLE = {
-    **dict.fromkeys(_WORDS, INK),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), PAGE),
     **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
     "axes.formatter.limits": (-3, 6),
     "axes.formatter.use_mathtext": True,
@@ -50,53 +61,87 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "hatch.color": REMOVED,
     "legend.frameon": False,
+    "lines.markersize": 5,
 }
 
 
 def use_style() -> None:
-    """Draw all figures alike; in a notebook, with two pixels where the page has one."""
+    """Draw all figures alike."""
     plt.rcParams.update(STYLE)
-    ipython = sys.modules.get("IPython")
-    if not ipython or not (shell := ipython.get_ipython()):
-        return
-    from matplotlib_inline import backend_inline
 
-    backend_inline.set_matplotlib_formats("retina")
-    # It would ask for a white page behind every transparent figure; ours can do without.
-    backend_inline._fetch_figure_metadata = lambda figure: None
-    pngs = shell.display_formatter.formatters["image/png"]
-    sharp = pngs.lookup_by_type(Figure)
 
-    def small(figure: Figure) -> tuple[bytes, dict] | None:
-        found = sharp(figure)  # in base64, and the size on the page; nothing for an empty figure
-        return found and (_in_256_colors(base64.b64decode(found[0])), found[1])
+def look(method: str) -> dict:
+    """Color, marker and line style of a method, for ``Axes.plot``.
 
-    pngs.for_type(Figure, small)
+    ``"scratch, same compute"`` looks as ``"scratch"`` does, and an unknown name has the ink.
+    """
+    known = method if method in _LOOKS else method.split(",")[0]
+    color, marker, dashes = _LOOKS.get(known, (INK, ".", "-"))
+    return {"color": color, "marker": marker, "ls": dashes}
+
+
+def label_ends(axis: Axes, size: float = 9) -> None:
+    """Write the name of each labeled line at its right end, in place of a legend.
+
+    Call it last, when the limits of the axes are set. Names keep clear of each other.
+    """
+    figure = axis.figure.get_figure(root=True)
+    figure.draw_without_rendering()  # so that the axes have their places
+    point = figure.dpi / 72  # in pixels
+    (_, bottom), (right, top) = axis.bbox.get_points()
+    ends = []
+    for line in axis.get_lines():
+        if not line.get_label().startswith("_"):
+            places = axis.transData.transform(line.get_xydata())
+            x, y = max((x, y) for x, y in places if math.isfinite(x + y) and x <= right + 1)
+            ends.append([min(max(y, bottom), top), x, line])
+    ends.sort(key=lambda end: end[0])
+    for order, sign in ((ends, 1), (ends[::-1], -1)):  # up, and down again where that was too far
+        for i, (y, x, _) in enumerate(order):
+            near = [other for other in order[:i] if abs(other[1] - x) < 90 * point]
+            clear = [other[0] + sign * 1.25 * size * point for other in near]
+            order[i][0] = max([y, *clear]) if sign > 0 else min([y, top, *clear])
+    halo = [withStroke(linewidth=3, foreground=PAGE)]
+    for y, x, line in ends:
+        mixed = zip(to_rgb(line.get_color()), to_rgb(INK), strict=True)
+        color = [sum(both) / 2 for both in mixed]  # letters need more contrast than lines
+        words = {"color": color, "size": size, "va": "center", "path_effects": halo}
+        place = axis.transAxes.inverted().transform((x, y))
+        axis.annotate(line.get_label(), place, (6, 0), "axes fraction", "offset points", **words)
 
 
 def headline(figure: Figure, text: str) -> None:
     """Say above the whole figure, in bold, what there is to see."""
-    figure.suptitle(text, x=0.01, ha="left", weight="bold")
+    lines = textwrap.fill(text, int(9.5 * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.01, ha="left", weight="bold")
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, **options) -> bytes:
     """The figure as a PNG, for an ``ipywidgets.Image``, with two pixels where the page has one.
 
-    Give the widget the figure's width on the page: inches times ``STYLE["figure.dpi"]``.
+    Give the widget the figure's width on the page: inches times ``STYLE["figure.dpi"]``. The
+    ``options`` are ``savefig``'s. 256 colors are enough, in less than half of the bytes.
     """
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=2 * figure.dpi)
+    file, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(file, format="png", dpi=2 * STYLE["figure.dpi"], **options)
     plt.close(figure)
-    return _in_256_colors(file.getvalue())
+    few = Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
-def _in_256_colors(picture: bytes) -> bytes:
-    """The same PNG in less than half of the bytes: a notebook has a megabyte for its figures."""
-    file = io.BytesIO()
-    colors = Image.open(io.BytesIO(picture)).convert("RGBA")
-    few = colors.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    few.save(file, "PNG", optimize=True)
-    return file.getvalue()
+def described(figure: Figure, text: str) -> None:
+    """Show a figure in the notebook, with a text for those who can't see it, and close it.
+
+    JupyterLab has no such text for the figures that it shows by itself.
+    """
+    from IPython.display import display
+
+    picture = png(figure, bbox_inches="tight")
+    width = Image.open(io.BytesIO(picture)).width // 2
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    page = f'<img alt="{html.escape(text)}" width="{width}" src="{source}">'
+    display({"text/html": page, "text/plain": text}, raw=True)
 
 
 def subplots(rows: int, columns: int, width: float, height: float, **options) -> tuple:
@@ -119,84 +164,38 @@ def bare_image(axis: Axes, values: Tensor, **options) -> None:
 def curves(histories: Mapping[str, Sequence[Mapping]], title: str) -> Figure:
     """Loss and accuracy by epoch; ``histories`` maps a name to the rows of ``fit``.
 
-    A name in ``METHODS`` has the color from there, any other that of the baseline. A row's
-    ``epoch`` is where it is drawn, so that a later training can start where another ended; a row
-    without ``train_loss`` is a network as it was before that training.
+    A name has its ``look``. A row's ``epoch`` is where it is drawn, so that a later training can
+    start where another ended; a row without ``train_loss`` is a network before that training.
     """
-    figure, ((left, right),) = subplots(1, 2, 10, 3.6)
+    figure, ((above,), (below,)) = subplots(2, 1, 7.5, 5.4, sharex=True)
     for name, rows in histories.items():
-        color = METHODS.get(name, METHODS["baseline"])
+        line = look(name)
         epochs = [row["epoch"] for row in rows]
-        for key, style in (("train_loss", "--"), ("val_loss", "-"), ("val_accuracy", "-")):
-            axis, scale = (right, 100) if key == "val_accuracy" else (left, 1)
-            values = [scale * row.get(key, math.nan) for row in rows]
-            label = f"{name}, {'training' if key == 'train_loss' else 'validation'}"
-            axis.plot(epochs, values, style, color=color, marker="o", ms=4, label=label)
-    left.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
-    right.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy on validation images")
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        if histories:
-            axis.legend(fontsize=8, handlelength=3.5)
+        for axis, key, scale in ((above, "val_loss", 1), (below, "val_accuracy", 100)):
+            axis.plot(epochs, [scale * row[key] for row in rows], label=name, **line | {"ls": "-"})
+        losses = [row.get("train_loss", math.nan) for row in rows]
+        above.plot(epochs, losses, color=line["color"], ls=":", lw=1.2)
+    above.set_title("Loss on validation images (dotted: on training images)", size=10)
+    above.set_ylabel("cross-entropy (nats)")
+    below.set_title("Accuracy on validation images", size=10)
+    below.set(xlabel="epoch", ylabel="accuracy (%)")
+    below.xaxis.get_major_locator().set_params(integer=True)
     headline(figure, title)
+    for axis in (above, below):
+        label_ends(axis)
     return figure
 
 
 def score_bars(scores: Scores, ylabel: str, title: str, removed: Filters | None = None) -> Figure:
     """One bar a filter, layer beside layer on one scale; ``removed`` filters are hatched."""
     widths = [len(values) for values in scores.values()]
-    figure, (axes,) = subplots(1, len(scores), 10, 3.2, sharey=True, width_ratios=widths)
+    figure, (axes,) = subplots(1, len(scores), 8, 3.2, sharey=True, width_ratios=widths)
     for i, (axis, (layer, values)) in enumerate(zip(axes, scores.items(), strict=True)):
         bars = axis.bar(range(len(values)), values.tolist(), color=LAYERS[i % len(LAYERS)])
         for k in (removed or {}).get(layer, []):
             bars[k].set(facecolor="none", edgecolor=REMOVED, hatch="////")
-        axis.set(xlabel=f"filter of convolution {i + 1} ({layer})", xticks=range(len(values)))
+        place = f"the {LAYER_NAMES[i]}" if i < len(LAYER_NAMES) else layer
+        axis.set(xlabel=f"filter of {place}", xticks=range(len(values)))
     axes[0].set_ylabel(ylabel)
     headline(figure, title)
     return figure
-
-
-def estimate_against_truth(
-    estimate: Scores, truth: Scores, xlabel: str, ylabel: str, title: str
-) -> Figure:
-    """One numbered point a filter, colored by layer, on logarithmic axes.
-
-    Filters that are dead or nearly so, with less than ``1 / NEARLY_DEAD`` of the highest score,
-    would stretch these, and a zero can't be drawn on them: the legend names them instead.
-    """
-    figure, ((axis,),) = subplots(1, 1, 7.4, 5)
-    lowest = max(values.max() for values in estimate.values()) / NEARLY_DEAD
-    points: list[tuple[float, float, int, str]] = []
-    for i, layer in enumerate(estimate):
-        x, y, color = estimate[layer], truth[layer], LAYERS[i % len(LAYERS)]
-        alive = (x > lowest) & (y > 0)
-        hidden = ", ".join(map(str, (~alive).nonzero().flatten().tolist()))
-        label = f"convolution {i + 1} ({layer})"
-        label += f"; dead or nearly dead, not drawn: {hidden}" if hidden else ""
-        axis.scatter(x[alive], y[alive], s=36, color=color, label=label)
-        points += [(x[k].item(), y[k].item(), k, color) for k in alive.nonzero().flatten().tolist()]
-    axis.set(ylabel=ylabel, title=title, xscale="log", yscale="log")
-    unit = math.floor(math.log10(axis.get_xlim()[1]))
-    axis.set_xlabel(f"{xlabel}, in units of $10^{{{unit}}}$")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 10**unit:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        side.set_minor_formatter(NullFormatter())
-    _number(axis, points)
-    axis.legend()
-    return figure
-
-
-def _number(axis: Axes, points: Sequence[tuple[float, float, int, str]]) -> None:
-    """Write the number of each point (x, y, number, color) where it is farthest from the others."""
-    places = [(8, 7), (-8, 7), (8, -7), (-8, -7), (0, 9), (0, -9), (10, 0), (-10, 0)]  # in points
-    scale = 72 / axis.figure.dpi
-    taken = [scale * axis.transData.transform(point[:2]) for point in points]
-    for i, (x, y, number, color) in enumerate(points):
-        here, others = taken[i], taken[:i] + taken[i + 1 :]
-        room = [min((math.dist(here + place, o) for o in others), default=0) for place in places]
-        offset = places[room.index(max(room))]
-        taken.append(here + offset)
-        look = {"color": color, "size": 8, "ha": "center", "va": "center"}
-        axis.annotate(number, (x, y), offset, textcoords="offset points", **look)
