@@ -1,4 +1,5 @@
-"""What the long runs share: their arguments, and tables that only a whole run replaces."""
+"""What the long runs share: their arguments, rows that are kept as they are done, and tables that
+only a whole run replaces."""
 
 import argparse
 import json
@@ -51,6 +52,40 @@ def _seed(word: str) -> int:
     if not word.isascii() or not word.isdigit():
         raise argparse.ArgumentTypeError(f"a seed is an integer of 0 or more, not {word!r}")
     return int(word)
+
+
+class Rows:
+    """The rows of one seed, in a file that grows with each of them: a run that was stopped goes on.
+
+    The file's first line has the settings. A last line that was cut off is dropped.
+
+    Raises ``ValueError`` if the file there has other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict) -> None:
+        self.path, self.rows = path, []
+        first = json.dumps(settings)
+        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole and whole[0].strip() != first:
+            raise ValueError(
+                f"{path} has rows of other settings: remove it, or name another folder with --out."
+            )
+        self.rows = [json.loads(line) for line in whole[1:]]
+        if len(whole) < len(lines) or not whole:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(whole) or first + "\n", encoding="utf-8")
+
+    def has(self, **labels: object) -> bool:
+        return any(labels.items() <= row.items() for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        """Keep ``row``, on the disk when this returns."""
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write(tables: dict[Path, list[dict]], settings: dict) -> None:
