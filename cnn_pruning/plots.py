@@ -33,7 +33,7 @@ _LOOKS = {  # color, marker and dashes; variants share their color
     "taylor": (_GREEN, "o", "-"),
     "fine-tuned": (_GREEN, "o", "-"),
     "one shot": (_GREEN, "D", "--"),
-    "taylor_abs_first": (_GREEN, "v", ":"),
+    "taylor_abs_first": (_GREEN, "H", ":"),
     "oracle": (_PURPLE, "s", (0, (5, 1.5))),
     "oracle_abs": (_PURPLE, "s", (0, (5, 1.5))),
     "greedy": ("#6636E4", "P", (0, (5, 1.5, 1, 1.5))),

@@ -23,14 +23,14 @@ def estimate_against_truth(
     """
     figure, ((axis,),) = subplots(1, 1, 7.4, 5)
     lowest = max(values.max() for values in estimate.values()) / NEARLY_DEAD
-    points: list[tuple[float, float, int, str]] = []
+    points: list[tuple[float, float, int]] = []
     for i, layer in enumerate(estimate):
-        x, y, color = estimate[layer], truth[layer], LAYERS[i % len(LAYERS)]
+        x, y = estimate[layer], truth[layer]
         alive = (x > lowest) & (y > 0)
         hidden = ", ".join(map(str, (~alive).nonzero().flatten().tolist()))
         label = LAYER_NAMES[i] + (f" (not drawn, because nearly dead: {hidden})" if hidden else "")
-        axis.scatter(x[alive], y[alive], s=36, color=color, label=label)
-        points += [(x[k].item(), y[k].item(), k, color) for k in alive.nonzero().flatten().tolist()]
+        axis.scatter(x[alive], y[alive], 36, LAYERS[i], "os^v"[i], label=label)
+        points += [(x[k].item(), y[k].item(), k) for k in alive.nonzero().flatten().tolist()]
     axis.set(ylabel=ylabel, title=title, xscale="log", yscale="log")
     unit = math.floor(math.log10(axis.get_xlim()[1]))
     axis.set_xlabel(f"{xlabel}, in units of $10^{{{unit}}}$")
@@ -44,15 +44,15 @@ def estimate_against_truth(
     return figure
 
 
-def _number(axis: Axes, points: Sequence[tuple[float, float, int, str]]) -> None:
-    """Write the number of each point (x, y, number, color) where it is farthest from the others."""
+def _number(axis: Axes, points: Sequence[tuple[float, float, int]]) -> None:
+    """Write the number of each point (x, y, number) where it is farthest from the others."""
     places = [(8, 7), (-8, 7), (8, -7), (-8, -7), (0, 9), (0, -9), (10, 0), (-10, 0)]  # in points
     scale = 72 / axis.figure.dpi
     taken = [scale * axis.transData.transform(point[:2]) for point in points]
-    for i, (x, y, number, color) in enumerate(points):
+    for i, (x, y, number) in enumerate(points):
         here, others = taken[i], taken[:i] + taken[i + 1 :]
         room = [min((math.dist(here + place, o) for o in others), default=0) for place in places]
         offset = places[room.index(max(room))]
         taken.append(here + offset)
-        look = {"color": color, "size": 8, "ha": "center", "va": "center"}
+        look = {"size": 8, "ha": "center", "va": "center"}
         axis.annotate(number, (x, y), offset, textcoords="offset points", **look)
