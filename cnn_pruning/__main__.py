@@ -1,5 +1,6 @@
 """The whole experiment without a notebook: train, score, select, remove, fine-tune."""
 
+import os
 import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
@@ -198,25 +199,32 @@ def experiment(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a stream that isn't a file
+            stream.reconfigure(errors="replace")  # "?" for what its encoding doesn't have
     try:
         with signals_interrupt():
             options = parse(arguments)
             try:
-                options.device = ranks.start(options.device)
+                place = ranks.start(options.device)
+                ranks.same_settings({n: x for n, x in vars(options).items() if n != "data"})
+                options.device = place
                 splits = [ranks.divide(data) for data in fashion_mnist(options.data)]
                 if ranks.is_first():  # after the data, because the first call makes a database
                     tracking.connect()
             except (OSError, ValueError) as error:
                 refuse(str(error))
             experiment(options, *splits)
+            sys.stdout.flush()
     except KeyboardInterrupt as error:
-        killed = ["If the MLflow run had begun, it is marked as killed."]
-        notes = getattr(error, "__notes__", killed)
-        ranks.say(" ".join(["Interrupted.", *notes]))
+        ranks.say(" ".join(["Interrupted.", *getattr(error, "__notes__", [])]))
         return 128 + (error.args or [signal.SIGINT])[0]
     except (FloatingPointError, ranks.RankLost, tracking.NotRecorded) as error:
         ranks.say(str(error))
         return 1
+    except BrokenPipeError:  # who reads has enough, as `head`; Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as shells have it
     ranks.stop()
     return 0
 

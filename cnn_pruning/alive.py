@@ -4,7 +4,9 @@ The system frees the locks of a process, however it dies. So a file whose lock i
 a dead one, and two that live never take each other for dead.
 """
 
+import _thread
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -14,25 +16,81 @@ from filelock import FileLock, Timeout
 
 from cnn_pruning.experiments.paths import locked_folder
 
+STOPS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+
+
+class TooLate(Exception):
+    """What ``deadline`` raises. Not an ``OSError``, after which urllib3 would try once more."""
+
+
+def _in_main_thread() -> bool:
+    """Elsewhere, Python allows no change of what signals do."""
+    return threading.current_thread() is threading.main_thread()
+
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP raise ``KeyboardInterrupt``, with their number, as long as the block runs.
 
     They stay as they are where they are ignored (``nohup``) or handled already, and outside the
-    main thread, where Python allows no change.
+    main thread. Where Python ignores an interrupt, because it comes while an object is deleted, it
+    comes again.
     """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
+    def come_again(ignored: object) -> None:
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            before(ignored)
+            return
+        number = (getattr(ignored.exc_value, "args", None) or [signal.SIGINT])[0]
+        threading.Timer(0.05, _thread.interrupt_main, [number]).start()
+
     with ExitStack() as afterwards:
-        if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows
+        if _in_main_thread():
+            for number in STOPS:
                 if signal.getsignal(number) == signal.SIG_DFL:
                     afterwards.callback(signal.signal, number, signal.SIG_DFL)
                     signal.signal(number, interrupt)
+            before, sys.unraisablehook = sys.unraisablehook, come_again
+            afterwards.callback(setattr, sys, "unraisablehook", before)
         yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP do nothing in this block, which must be short."""
+    with ExitStack() as afterwards:
+        for number in {signal.SIGINT, *STOPS} if _in_main_thread() else ():
+            before = signal.signal(number, signal.SIG_IGN)
+            afterwards.callback(signal.signal, number, before or signal.SIG_DFL)
+        yield
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise ``TooLate`` in the block after so many seconds, and once more each second.
+
+    A server that sends a byte now and then keeps each read within its time, but not the whole. This
+    takes a system with SIGALRM, the main thread, and that no other alarm is set; else there is no
+    deadline.
+    """
+
+    def late(number: int, frame: object) -> None:
+        raise TooLate(f"it took longer than {seconds:.0f} seconds")
+
+    possible = _in_main_thread() and hasattr(signal, "setitimer")
+    if not possible or any(signal.getitimer(signal.ITIMER_REAL)):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def alone(folder: Path) -> AbstractContextManager[None]:

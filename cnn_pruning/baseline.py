@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch.utils.data import TensorDataset
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning import plots, tracking
 from cnn_pruning.experiments.data import batches
@@ -16,10 +17,10 @@ SAME_ACCURACY = 0.005  # what another machine's rounding can change
 
 
 def fit_and_log(
-    model: CNN,
-    train: TensorDataset,
-    val: TensorDataset,
-    test: TensorDataset,
+    model: nn.Module,
+    train: Dataset,
+    val: Dataset,
+    test: Dataset,
     on_epoch: Callable[[Row], None] | None = None,
     **settings: int | float,
 ) -> list[Row]:
@@ -38,7 +39,7 @@ def fit_and_log(
         if on_epoch:
             on_epoch(row)
 
-    tracking.log_settings({"channels": model.channels, **settings})
+    tracking.log_settings({"channels": tracking.widths(model), **settings})
     for name, data in (("train", train), ("validation", val), ("test", test)):
         tracking.log_data(own(data), name)
     history = fit(model, train, val, on_epoch=log, **settings)

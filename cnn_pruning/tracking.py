@@ -1,10 +1,11 @@
 """The runs in MLflow: where they are kept, and how they are logged, found and read."""
 
 import copy
-import errno
+import functools
 import hashlib
 import importlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -14,34 +15,42 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
+from uuid import uuid4
 
 import torch
-from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 from torchinfo import summary
 
-from cnn_pruning.alive import alone, held, signals_interrupt, the_dead
+from cnn_pruning.alive import alone, deadline, held, signals_interrupt, the_dead, undisturbed
+from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.paths import ROOT
 from cnn_pruning.experiments.ranks import first_alone
 from cnn_pruning.measure import count_parameters
+from cnn_pruning.network.description import CONV
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import ActiveRun
     from mlflow.data.numpy_dataset import NumpyDataset
+    from mlflow.entities import Run
 
-EXPERIMENT = "cnn-pruning"
+EXPERIMENT = "cnn-pruning"  # where the user has set no other
 ANSWER_WITHIN = 5  # seconds that a tracking server has for its first answer
+WITHIN, SLOWEST = 60, 100_000  # seconds for anything else, and bytes a second for a network
 SERVER = ("http://", "https://")
 SQLITE = "sqlite:///"
-DIGEST = "network_sha256"  # the tag of a run with the digest of its network's file
+# Tags of a run: the digests of its network's and its model's file, and the lock that it holds.
+DIGEST, MODEL_DIGEST, LOCK = "network_sha256", "model_sha256", "cnn_pruning.lock"
+MODEL = "model/data/model.pt2"  # the file of a model in MLflow's own format
+NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 # Four tries, the last after 24 seconds, all within a minute; by default MLflow tries for more than
 # four minutes.
 PATIENCE = {
@@ -51,8 +60,13 @@ PATIENCE = {
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
 }
 ONE_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
-# Otherwise each file would have a progress bar, and a lock file would be logged as well.
-QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_UV_AUTO_DETECT": "false"}
+# Otherwise each file would have a progress bar, a lock file would be logged as well, and each run
+# on a server would print its address.
+QUIET = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 class _AtFirstUse:
@@ -82,14 +96,30 @@ def _check_answer(uri: str) -> None:
 
     try:
         settings = {"max_retries": 0, "retry_codes": (), "timeout": ANSWER_WITHIN}
-        answer = http_request(get_default_host_creds(uri), "/health", "GET", **settings)
+        with deadline(ANSWER_WITHIN):
+            answer = http_request(get_default_host_creds(uri), "/health", "GET", **settings)
         if answer.status_code >= 500:  # below, it refuses this page, but it answers
-            raise mlflow.MlflowException(f"{answer.status_code} {answer.reason}")
-    except mlflow.MlflowException as error:
+            raise ConnectionError(f"{answer.status_code} {answer.reason}")
+    except Exception as error:
         raise ConnectionError(
-            f"The MLflow server at MLFLOW_TRACKING_URI={uri} does not answer ({_reason(error)}): "
-            "check it, or unset MLFLOW_TRACKING_URI to use the file mlflow.db."
-        ) from error
+            f"The MLflow server at MLFLOW_TRACKING_URI={_shown(uri)} does not answer "
+            f"({_reason(error)}): check it, or unset MLFLOW_TRACKING_URI to use the file mlflow.db."
+        ) from None
+
+
+def _login_apart(uri: str) -> str:
+    """Tell MLflow apart from the address of a server who logs in, so that nothing shows it."""
+    parts = urlsplit(uri)
+    if not uri.startswith(SERVER) or parts.username is None:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return _shown(uri)
+
+
+def _shown(text: str) -> str:
+    """``text`` without the user and the password in an address of a server or database."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def _sqlite_path(uri: str) -> Path | None:
@@ -103,9 +133,11 @@ def _folder_of_this_machine(uri: str) -> Path:
     """
     if path := _sqlite_path(uri):
         return Path(f"{path}.running")
-    server = uri.partition("://")[2].rpartition("@")[2]  # without the password
-    home = next(p for p in (Path.home(), Path(tempfile.gettempdir())) if os.access(p, os.W_OK))
-    return home / ".cnn-pruning" / quote(server, safe="")
+    homes = [Path(tempfile.gettempdir())]
+    with suppress(RuntimeError):  # nobody knows this user
+        homes.insert(0, Path.home())
+    home = next(each for each in homes if os.access(each, os.W_OK))
+    return home / ".cnn-pruning" / quote(_shown(uri).partition("://")[2], safe="")
 
 
 def _make_database(path: Path, files: str) -> None:
@@ -116,27 +148,32 @@ def _make_database(path: Path, files: str) -> None:
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    beside = {"dir": path.parent, "prefix": "mlflow.db-", "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(**beside) as folder:
-        new = Path(folder) / path.name
+    half = _folder_of_this_machine(SQLITE + path.as_posix()) / "half"
+    shutil.rmtree(half, ignore_errors=True)  # of a start that was killed
+    half.mkdir()
+    try:
+        new = half / path.name
         SqlAlchemyStore(SQLITE + new.as_posix(), files).engine.dispose()  # closes the file
         new.replace(path)
+    finally:
+        shutil.rmtree(half)
 
 
 def connect() -> str:
-    """Point MLflow at the project's runs and return the id of the project's experiment.
+    """Point MLflow at the project's runs and return the id of the experiment they are in.
 
     The environment variable ``MLFLOW_TRACKING_URI`` says where the runs are. Without it, they are
     in an SQLite file at the repository's root, and their files are in ``mlruns`` beside it. The
-    first call makes both. They are made once, even when several processes start together.
+    first call makes both. They are made once, even when several processes start together. The
+    experiment is the one that you have set in MLflow's ways, or else "cnn-pruning".
 
-    Runs of this machine whose process died are marked as killed.
+    Runs of this machine whose process died are marked as killed, and their networks are logged.
 
     Raises ``ConnectionError`` within seconds if a tracking server doesn't answer, and
     ``ValueError`` if MLflow can't use the place. Nothing is left behind then.
     """
     default = _default_uri()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or default
+    uri = _login_apart(os.environ.get("MLFLOW_TRACKING_URI") or default)
     if uri.startswith(SERVER):
         _check_answer(uri)
     os.environ.update({**PATIENCE, **QUIET, **os.environ})  # what the user has set wins
@@ -147,42 +184,74 @@ def connect() -> str:
     try:
         if path and path.is_dir():  # MLflow would try again for minutes
             raise IsADirectoryError("that is a folder")
-        with alone(folder):
-            files = (ROOT / "mlruns").as_uri() if uri == default else None
+        if path and (unquote(str(path)) != str(path) or "/" in uri.partition("?")[2]):
+            raise ValueError("an address can't hold the % or ? in this path: use another folder")
+        with alone(folder), deadline(24 * 3600 if path else WITHIN):
             if path and not path.exists():
-                _make_database(path, files or "./mlruns")
-            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-                mlflow.create_experiment(EXPERIMENT, artifact_location=files)
-            experiment = mlflow.set_experiment(EXPERIMENT).experiment_id
-            for run_id in the_dead(folder):
-                _mark_as_killed(run_id)
+                _make_database(path, _files() or "./mlruns")
+            experiment = _experiment()
+            for lock in the_dead(folder):
+                _end("KILLED", lock)
+                if (left := folder / lock / "network.pt").exists():
+                    warnings.warn(f"The network of a killed run lies in {left}.", stacklevel=2)
         return experiment
     except Exception as error:  # of MLflow, of its database, of the file system
-        place = str(path) if uri == default else f"MLFLOW_TRACKING_URI={uri}"
-        raise ValueError(f"MLflow can't keep its runs at {place} ({_reason(error)}).") from error
+        place = str(ROOT / "mlflow.db") if uri == default else f"MLFLOW_TRACKING_URI={_shown(uri)}"
+        raise ValueError(f"MLflow can't keep its runs at {place} ({_reason(error)}).") from None
 
 
-def _mark_as_killed(run_id: str) -> None:
-    client = mlflow.MlflowClient()
-    try:
-        if client.get_run(run_id).info.status == "RUNNING":
-            client.set_terminated(run_id, "KILLED")
-    except mlflow.MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+def _files() -> str | None:
+    """Where the files of runs in the default database are; elsewhere MLflow decides."""
+    return (ROOT / "mlruns").as_uri() if mlflow.get_tracking_uri() == _default_uri() else None
+
+
+def _experiment() -> str:
+    """The id of the experiment that the user has set, or else of the project's."""
+    from mlflow.tracking import fluent
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    chosen = getattr(fluent, "_active_experiment_id", None)  # by mlflow.set_experiment
+    if chosen or (not name and (chosen := os.environ.get("MLFLOW_EXPERIMENT_ID"))):
+        return chosen
+    found = mlflow.get_experiment_by_name(name or EXPERIMENT)
+    if found and found.lifecycle_stage != "active":
+        kind = found.lifecycle_stage or "unknown"
+        raise ValueError(f"its experiment {name or EXPERIMENT!r} is {kind}: restore it")
+    if found:
+        return found.experiment_id
+    return mlflow.create_experiment(name or EXPERIMENT, artifact_location=_files())
+
+
+def _end(status: str, lock: str, hand_over: bool = True) -> None:
+    """Give the runs that hold ``lock`` their ``status`` if they go on, and MLflow their networks.
+
+    A lock is known before its run, and there may be none: its process died before it began.
+    """
+    active = mlflow.active_run()
+    if active and active.data.tags.get(LOCK) == lock:
+        mlflow.end_run(status)
+    condition = f"tags.`{LOCK}` = '{lock}'"
+    for run in mlflow.search_runs([lock.partition(".")[0]], condition, output_format="list"):
+        if run.info.status == "RUNNING":
+            mlflow.MlflowClient().set_terminated(run.info.run_id, status)
+        if hand_over and _kept(run).exists():
+            with suppress(Exception):  # then it stays
+                _hand_over(run)
 
 
 def _reason(error: BaseException) -> str:
     """What ``error`` comes down to, short enough for a part of a sentence."""
-    line = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+    line = " ".join(_shown(str(error)).split("\n")[0].split()).rstrip(".:")
     if cause := re.search(r"Caused by .*?['\"](.+)['\"]\)", line):  # urllib3, at great length
         line = cause[1].split(": ")[-1]
+    if isinstance(error, LookupError | AttributeError):  # which say a name, and no more
+        line = f"{type(error).__name__} {line}"
     return (line if len(line) < 200 else f"{line[:200]}...") or type(error).__name__
 
 
 def where_to_look(active: "ActiveRun") -> str:
     """Return two lines: how to see the runs in a browser, and which run this is and where."""
-    uri = mlflow.get_tracking_uri()
+    uri = _shown(mlflow.get_tracking_uri())
     # Without the last part, MLflow opens on a page for language models, which is empty here.
     page = f"#/experiments/{active.info.experiment_id}/runs"
     if uri.startswith(SERVER):
@@ -221,20 +290,31 @@ def run(name: str, parent: str | None = None) -> Iterator["ActiveRun"]:
     ``connect`` marks the run as killed.
 
     Raises ``NotRecorded`` if MLflow fails: its server is gone, for example, or the disk is full.
+    What the block itself raises comes through as it is.
     """
-    with signals_interrupt():
-        with _failing_to(f"start the run {name!r}"):
-            name = _free_name(name, parent)
-            active = mlflow.start_run(run_name=name, nested=True, parent_run_id=parent)
-        with _ended(active, name), _failing_to(f"record the run {name!r}", active):
+    with ExitStack() as until_it_ends, signals_interrupt():
+        with _recording(f"start the run {name!r}"):
+            above = mlflow.get_run(parent) if parent else mlflow.active_run()
+            experiment = above.info.experiment_id if above else _experiment()
+            name = _free_name(name, parent, experiment)
+            lock = f"{experiment}.{uuid4().hex}"
+            folder = _folder_of_this_machine(mlflow.get_tracking_uri())
+            until_it_ends.enter_context(held(folder, lock))
+        try:
+            with _recording(f"start the run {name!r}"):
+                place = {"experiment_id": experiment, "nested": True, "parent_run_id": parent}
+                active = mlflow.start_run(run_name=name, tags={LOCK: lock}, **place)
             yield active
-            mlflow.end_run()
+            with _recording(f"record the run {name!r}", active):
+                mlflow.end_run()
+        except BaseException as error:
+            _end_with(error, name, lock)
+            raise
 
 
-def _free_name(name: str, parent: str | None) -> str:
+def _free_name(name: str, parent: str | None, experiment: str) -> str:
     if parent is None:
         return name
-    experiment = mlflow.get_run(parent).info.experiment_id
     under = f"tags.`mlflow.parentRunId` = '{parent}'"
     found = mlflow.search_runs([experiment], under, output_format="list")
     taken = {each.info.run_name for each in found}
@@ -242,52 +322,73 @@ def _free_name(name: str, parent: str | None) -> str:
     return next(each for each in names if each not in taken)
 
 
-@contextmanager
-def _ended(active: "ActiveRun", name: str) -> Iterator[None]:
-    """The run ends with the block, and a lock says until then that it is alive."""
-    run_id = active.info.run_id
-    with held(_folder_of_this_machine(mlflow.get_tracking_uri()), run_id):
+def _end_with(error: BaseException, name: str, lock: str) -> None:
+    """End the run of ``lock`` because of ``error``, to which a note is added."""
+    killed = isinstance(error, KeyboardInterrupt)
+    status = "KILLED" if killed else "FAILED"
+    # The server may be what failed, and a second interrupt must not stop this.
+    with undisturbed(), mock.patch.dict(os.environ, ONE_TRY):
         try:
-            yield
-        except BaseException as error:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            try:
-                with mock.patch.dict(os.environ, ONE_TRY):  # the server may be what failed
-                    if mlflow.active_run() and mlflow.active_run().info.run_id == run_id:
-                        mlflow.end_run(status)
-                    else:
-                        mlflow.MlflowClient().set_terminated(run_id, status)
-                if not isinstance(error, NotRecorded):
-                    shutil.rmtree(_kept(active).parent, ignore_errors=True)
-            except Exception:  # the next ``connect`` will mark it
-                lies = _lies_in(active)
-                error.add_note(f"MLflow could not mark the run {name!r} as {status}{lies}.")
-            raise
+            with deadline(ANSWER_WITHIN):
+                _end(status, lock, not isinstance(error, NotRecorded))  # it says where it lies
+            said = f"The run {name!r} is marked as {status}" if killed else ""
+        except Exception:  # the next ``connect`` will mark it
+            said = f"MLflow could not mark the run {name!r} as {status}"
+    kept = _folder_of_this_machine(mlflow.get_tracking_uri()) / lock / "network.pt"
+    if kept.exists() and not isinstance(error, NotRecorded):
+        said = f"{said or f'The run {name!r} has failed'}, but its network lies in {kept}"
+    if said:
+        error.add_note(f"{said}.")
 
 
 @contextmanager
-def _failing_to(what: str, active: "ActiveRun | None" = None) -> Iterator[None]:
-    """Turn into ``NotRecorded`` whatever keeps MLflow from recording, and no other error."""
-    from requests import RequestException
-
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+def _recording(
+    what: str, active: "ActiveRun | None" = None, seconds: float = WITHIN
+) -> Iterator[None]:
+    """Turn into ``NotRecorded`` whatever MLflow raises in the block, which is its calls alone."""
     try:
-        yield
-    except (mlflow.MlflowException, OSError) as error:
-        if isinstance(error, mlflow.MlflowException | RequestException) or error.errno in full:
-            raise NotRecorded(
-                f"MLflow at {mlflow.get_tracking_uri()} could not {what} ({_reason(error)}): what "
-                f"would follow is lost{_lies_in(active) if active else ''}."
-            ) from None
+        with deadline(seconds):
+            yield
+    except NotRecorded:
         raise
+    except Exception as error:
+        lies = (
+            f", but its network lies in {_kept(active)}"
+            if active and _kept(active).exists()
+            else ""
+        )
+        raise NotRecorded(
+            f"MLflow at {_shown(mlflow.get_tracking_uri())} could not {what} ({_reason(error)}): "
+            f"what would follow is lost{lies}."
+        ) from None
 
 
+def _recorded(function: Callable) -> Callable:
+    """Let rank 0 alone call ``function``, which logs to the active run."""
+
+    @first_alone
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        active = mlflow.active_run()
+        if active is None:
+            raise ValueError("No run is active: log inside `with tracking.run(...)`.")
+        networks = (value for value in args if isinstance(value, nn.Module))
+        size = sum(p.nbytes for network in networks for p in network.parameters())
+        what = f"record the run {active.info.run_name!r}"
+        with _recording(what, active, WITHIN + size / SLOWEST):
+            return function(*args, **kwargs)
+
+    return called
+
+
+@deadline(WITHIN)
 def parent_of(run_id: str) -> str | None:
     """Return the id of the run that the run ``run_id`` stands under, or None."""
     return mlflow.get_run(run_id).data.tags.get("mlflow.parentRunId")
 
 
-def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) -> list[str]:
+@deadline(WITHIN)
+def find_runs(stage: str, settings: Mapping[str, object], *data: Dataset) -> list[str]:
     """Return the ids of the finished runs of a stage with these settings, the newest first.
 
     They are runs whose stage was named by ``set_stage``, whose parameters have the values in
@@ -300,11 +401,12 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: TensorDataset) 
         *(f"params.{name} = '{value}'" for name, value in settings.items()),
     ]
     found = mlflow.search_runs(  # the newest first, by default
-        experiment_names=[EXPERIMENT], filter_string=" and ".join(conditions), output_format="list"
+        [_experiment()], filter_string=" and ".join(conditions), output_format="list"
     )
     return [each.info.run_id for each in found]
 
 
+@deadline(WITHIN)
 def metric(run_id: str, name: str) -> float:
     """Return the metric ``name`` of a run as it was logged last, NaN if it wasn't."""
     return mlflow.get_run(run_id).data.metrics.get(name, math.nan)
@@ -313,54 +415,59 @@ def metric(run_id: str, name: str) -> float:
 # What is logged to the active run; of several processes that work together, by the first
 
 
-@first_alone
+@_recorded
 def set_stage(stage: str) -> None:
     """Name the stage of the experiment, by which ``find_runs`` finds the active run."""
     mlflow.set_tag("stage", stage)
 
 
-@first_alone
+@_recorded
 def log_settings(settings: Mapping[str, object]) -> None:
     """Log settings, by name, as parameters."""
     mlflow.log_params(dict(settings))
 
 
-@first_alone
+@_recorded
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Log numbers, by name; ``step`` is the epoch or the removal they belong to."""
     mlflow.log_metrics(dict(metrics), step)
 
 
-@first_alone
+@_recorded
 def log_dict(values: dict, path: str) -> None:
     """Log ``values`` as a JSON file."""
     mlflow.log_dict(values, path)
 
 
-@first_alone
-def log_result(model: CNN, metrics: Mapping[str, float]) -> None:
+@_recorded
+def log_result(model: nn.Module, metrics: Mapping[str, float]) -> None:
     """Log ``metrics`` and the size of ``model`` to the active run and to the one it stands under,
     which so has the results of its newest network.
     """
-    size = {"filters": sum(model.channels), "parameters": count_parameters(model)}
+    size = {"filters": sum(widths(model)), "parameters": count_parameters(model)}
     active = mlflow.active_run()
     for run_id in (active.info.run_id, active.data.tags.get("mlflow.parentRunId")):
         if run_id:
             mlflow.log_metrics({**metrics, **size}, run_id=run_id)
 
 
-@first_alone
-def log_data(data: TensorDataset, name: str) -> None:
-    """Log what a data set is, not its examples: name, shapes, and a digest of the values."""
+@_recorded
+def log_data(data: Dataset, name: str) -> None:
+    """Log what a data set is, not its examples: name, shapes, and a digest of the values, of the
+    first hundred where it isn't a TensorDataset.
+    """
     mlflow.log_input(_described(data, name), context=name)
 
 
-def _described(data: TensorDataset, name: str) -> "NumpyDataset":
-    images, labels = (tensor.numpy() for tensor in data.tensors)
+def _described(data: Dataset, name: str) -> "NumpyDataset":
+    whole = isinstance(data, TensorDataset)
+    images, labels = (
+        x.numpy() for x in (data.tensors if whole else next(iter(batches(data, 100))))
+    )
     return mlflow.data.from_numpy(images, targets=labels, name=name)
 
 
-@first_alone
+@_recorded
 def log_figure(figure: "Figure", path: str) -> str:
     """Log a figure as a PNG file; return where it is, a path on this machine or an address."""
     mlflow.log_figure(figure, path)
@@ -374,18 +481,31 @@ def log_figure(figure: "Figure", path: str) -> str:
 # Networks
 
 
-def _kept(active: "ActiveRun") -> Path:
+def widths(model: nn.Module) -> tuple[int, ...]:
+    """Return how many filters each convolution of ``model`` has."""
+    return tuple(m.out_channels for m in model.modules() if isinstance(m, CONV))
+
+
+def _kept(run: "Run") -> Path:
     """Where the network of a run lies on this machine until MLflow has it."""
     folder = _folder_of_this_machine(mlflow.get_tracking_uri())
-    return folder / active.info.run_id / "network.pt"
+    return folder / run.data.tags.get(LOCK, run.info.run_id) / "network.pt"
 
 
-def _lies_in(active: "ActiveRun") -> str:
-    return f", but its network lies in {_kept(active)}" if _kept(active).exists() else ""
+def _hand_over(run: "Run") -> None:
+    """Give MLflow the network that is kept of a run, and keep it no longer."""
+    path, client = _kept(run), mlflow.MlflowClient()
+    client.log_artifact(run.info.run_id, path)
+    client.set_tag(run.info.run_id, DIGEST, _sha256(path))
+    shutil.rmtree(path.parent)
 
 
-@first_alone
-def keep_network(model: CNN) -> Path:
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@_recorded
+def keep_network(model: nn.Module) -> Path:
     """Write ``model`` to this machine's disk, whole or not at all, and return where.
 
     There it stays if the active run is cut off. ``read_network`` reads it.
@@ -394,45 +514,55 @@ def keep_network(model: CNN) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         with (Path(folder) / "half").open("wb") as file:
-            torch.save({"channels": model.channels, "state_dict": model.state_dict()}, file)
+            torch.save({"channels": widths(model), "state_dict": model.state_dict()}, file)
         return Path(file.name).replace(path)
 
 
-@first_alone
-def log_network(model: CNN) -> None:
+@_recorded
+def log_network(model: nn.Module) -> None:
     """Log the summary of ``model``, its channels and weights, and the digest of their file."""
-    path = keep_network(model)
+    keep_network(model)
     device = next(model.parameters()).device
-    counted = summary(model, (1, *model.IMAGE_SHAPE), verbose=0, device=device)
-    mlflow.log_text(str(counted), "summary.txt")
-    mlflow.log_artifact(path)
-    mlflow.set_tag(DIGEST, hashlib.sha256(path.read_bytes()).hexdigest())
-    shutil.rmtree(path.parent)
+    size = (1, *model.IMAGE_SHAPE) if isinstance(model, CNN) else None
+    mlflow.log_text(str(summary(model, size, verbose=0, device=device)), "summary.txt")
+    _hand_over(mlflow.active_run())
 
 
-def load_network(run_id: str) -> CNN:
-    """Return the network that ``log_network`` logged to the run ``run_id``, on the CPU.
+@deadline(WITHIN)
+def load_network(run_id: str, model: nn.Module | None = None) -> nn.Module:
+    """Return the network that ``log_network`` logged to the run ``run_id``, as ``read_network``.
 
     Raises ``mlflow.MlflowException`` if the run or its network doesn't exist, and ``ValueError`` if
     the file isn't the one that was logged.
     """
-    digest = mlflow.get_run(run_id).data.tags.get(DIGEST)
     with tempfile.TemporaryDirectory() as folder:
-        path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/network.pt", dst_path=folder)
-        if hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
-            raise ValueError("Its file is not the one that was logged: the SHA-256 sums differ.")
-        return read_network(path)
+        return read_network(_fetched(run_id, "network.pt", DIGEST, folder), model)
 
 
-def read_network(path: str | Path) -> CNN:
-    """Return the network in the file ``path``, on the CPU. Raises ``ValueError`` if it has none.
+def _fetched(run_id: str, file: str, tag: str, folder: str) -> Path:
+    """Download a file of a run, which must be the one whose digest is in ``tag``."""
+    digest = mlflow.get_run(run_id).data.tags.get(tag)
+    path = Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{file}", dst_path=folder))
+    if _sha256(path) != digest:
+        raise ValueError("Its file is not the one that was logged: the SHA-256 sums differ.")
+    return path
 
-    Only tensors and numbers are read, never code.
+
+def read_network(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Return the network in the file ``path``, a ``CNN`` on the CPU. Raises ``ValueError`` if it
+    has none.
+
+    The weights of a network of your own go into ``model``, built with the widths it had, which is
+    returned. Only tensors and numbers are read, never code.
     """
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        model = CNN(saved["channels"])
-        model.load_state_dict(saved["state_dict"])
+        if model is not None:
+            model.load_state_dict(saved["state_dict"])
+            return model
+        with torch.device("meta"):  # takes no memory, whatever the file says about widths
+            model = CNN(saved["channels"])
+        model.load_state_dict(saved["state_dict"], assign=True)
     except OSError:
         raise
     except Exception as error:  # whatever torch and pickle raise on what isn't theirs
@@ -440,8 +570,8 @@ def read_network(path: str | Path) -> CNN:
     return model
 
 
-@first_alone
-def log_model(model: CNN, images: Tensor) -> None:
+@_recorded
+def log_model(model: nn.Module, images: Tensor) -> None:
     """Log ``model`` in MLflow's own format, which others can use without this package.
 
     ``images`` are at least two examples, float32 (N, 1, 28, 28). They show MLflow what the model
@@ -449,7 +579,7 @@ def log_model(model: CNN, images: Tensor) -> None:
     """
     # MLflow warns where pip is missing, and pip is missing from environments that uv makes.
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.filterwarnings("ignore", module="torch.export")  # about its own internals
         mlflow.pytorch.log_model(
             copy.deepcopy(model).cpu().eval(),
@@ -458,13 +588,23 @@ def log_model(model: CNN, images: Tensor) -> None:
             # Named here, because MLflow takes many seconds to find it out.
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
         )
+        run_id = mlflow.active_run().info.run_id
+        path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{MODEL}", dst_path=folder)
+        mlflow.set_tag(MODEL_DIGEST, _sha256(Path(path)))
 
 
+@deadline(WITHIN)
 def predict(run_id: str, images: Tensor) -> Tensor:
     """Return the labels, int64 (N,), that the model in the run ``run_id`` gives to ``images``.
 
     ``images`` are float32 (N, 1, 28, 28). Raises ``mlflow.MlflowException`` if ``log_model`` logged
-    no model to the run.
+    no model to the run, and ``ValueError`` if its file isn't the one that was logged. The file
+    holds a graph of PyTorch's own operations; what lies beside it, code perhaps, isn't read.
     """
-    model = mlflow.pyfunc.load_model(f"runs:/{run_id}/model")
-    return torch.from_numpy(model.predict(images.numpy())).argmax(1)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, NO_PICKLE):
+        data = str(_fetched(run_id, MODEL, MODEL_DIGEST, folder).parent)
+        pytorch = {"model_data": data, "pytorch_version": torch.__version__}
+        (Path(folder) / "MLmodel").write_text(json.dumps({"flavors": {"pytorch": pytorch}}))
+        model = mlflow.pytorch.load_model(folder)
+    with torch.no_grad():
+        return model(images).argmax(1)

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from torchvision.datasets import FashionMNIST
 
 from cnn_pruning.experiments.paths import ROOT, locked_folder
-from cnn_pruning.experiments.ranks import Shared, is_empty_part, of_all, own
+from cnn_pruning.experiments.ranks import Shared, agree, is_empty_part, of_all, own
 from cnn_pruning.network.checks import integer, shown
 from cnn_pruning.network.passes import Inputs
 
@@ -93,8 +93,8 @@ def batches(
     one the loader has what this rank reads: in training, at least one image of each mini-batch.
 
     Raises ``TypeError`` for what isn't such a dataset, at once or at its first item, and
-    ``ValueError`` for an empty one, a ``batch_size`` that isn't a positive integer, or training on
-    parts that are only pooled.
+    ``ValueError`` for an empty one, a ``batch_size`` that isn't a positive integer, or another one
+    on another rank, or training on parts that are only pooled.
     """
     batch_size = integer("batch_size", batch_size, 1)
     shared = dataset if isinstance(dataset, Shared) else None
@@ -111,6 +111,7 @@ def batches(
         )
     if (len(shared) if shared else size) == 0:
         raise ValueError("The dataset is empty: give at least one (image, label).")
+    agree(shared, batch_size=batch_size, seed=generator and generator.initial_seed())
     if generator is None:
         sampler = SequentialSampler(dataset)
     else:

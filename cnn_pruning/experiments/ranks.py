@@ -8,19 +8,22 @@ import functools
 import hashlib
 import itertools
 import os
+import random
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning.network.checks import first_line
 
@@ -43,11 +46,15 @@ class Shared(Dataset):
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.part = slice(self.rank, None, self.ranks) if whole else slice(None)
         """Which examples of a mini-batch of ``data`` this rank takes."""
-        lengths = _of_all(len(data))
-        if whole and len(set(lengths)) > 1:
-            raise ValueError(
-                f"The ranks have data of different lengths, {lengths}: hand all of the data to "
-                "every rank, or, where each has a part of its own, use pool."
+        found = _of_all("data", (len(data), _examples_digest(data) if whole else b""))
+        lengths = [length for length, _ in found]
+        if whole and len(set(found)) > 1:
+            kind = f"of different lengths, {lengths}" if len(set(lengths)) > 1 else "that differ"
+            raise _told(
+                ValueError(
+                    f"The ranks have data {kind}: hand all of the data to every rank, in the same "
+                    "order, or, where each has a part of its own, use pool."
+                )
             )
         self.length = len(data) if whole else sum(lengths)
 
@@ -70,7 +77,8 @@ def divide(data: Dataset) -> Dataset:
     Without a process group, or in one of a single rank, ``data`` is returned as it is. The group is
     the default one of ``torch.distributed``.
 
-    Raises ``ValueError`` if the ranks have data of different lengths.
+    Raises ``ValueError`` if the ranks have other data: of other lengths, or with other values, all
+    of which are compared in a ``TensorDataset``, and those of three examples otherwise.
     """
     return Shared(data, whole=True) if _several() else data
 
@@ -98,9 +106,52 @@ def is_empty_part(data: Dataset) -> bool:
 # What the ranks share
 
 
+def agree(data: Dataset, **settings: object) -> None:
+    """Raise ``ValueError``, on every rank, if the ranks that share ``data`` differ in a setting."""
+    if isinstance(data, Shared):
+        same_settings(settings)
+
+
+def same_settings(settings: Mapping[str, object]) -> None:
+    """Raise ``ValueError``, on every rank, if there are several and they differ in a setting.
+
+    Functions are compared by their names.
+    """
+
+    def word(value: object) -> str:
+        if callable(value):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+        return repr(sorted(value) if isinstance(value, set | frozenset) else value)
+
+    if not _several():
+        return
+    words = {name: word(value) for name, value in settings.items()}
+    first, *others = _of_all(", ".join(settings), words)
+    for rank, found in enumerate(others, start=1):
+        for name in words:
+            if found[name] != first[name]:
+                raise _told(
+                    ValueError(
+                        f"{name} is {first[name]} on rank 0 and {found[name]} on rank {rank}: give "
+                        "all ranks the same."
+                    )
+                )
+
+
+@contextmanager
+def together(data: Dataset) -> Iterator[None]:
+    """A block whose error all ranks raise that share ``data``: the others where they next meet."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(data, Shared) and not hasattr(error, "told"):
+            _of_all("", None, error)
+        raise
+
+
 def of_all(data: Dataset, value: object) -> list:
     """Return the ``value`` of every rank, in their order, or [value] if ``data`` aren't shared."""
-    return _of_all(value) if isinstance(data, Shared) else [value]
+    return _of_all("value", value) if isinstance(data, Shared) else [value]
 
 
 def gathered(data: Dataset, model: nn.Module, value: object) -> list:
@@ -110,12 +161,14 @@ def gathered(data: Dataset, model: nn.Module, value: object) -> list:
     """
     if not isinstance(data, Shared):
         return [value]
-    networks, values = zip(*_of_all((_digest(model), value)), strict=True)
+    networks, values = zip(*_of_all("network", (_digest(model), value)), strict=True)
     other = next((rank for rank, found in enumerate(networks) if found != networks[0]), None)
     if other is not None:
-        raise ValueError(
-            f"The network of rank {other} isn't that of rank 0: give all ranks the same weights "
-            "and buffers, as torch.distributed.broadcast does."
+        raise _told(
+            ValueError(
+                f"The network of rank {other} isn't that of rank 0: give all ranks the same "
+                "weights and buffers, as torch.distributed.broadcast does."
+            )
         )
     return list(values)
 
@@ -129,30 +182,67 @@ def summed(data: Dataset, model: nn.Module, values: dict) -> dict:
     return sums
 
 
-def _of_all(value: object) -> list:
-    """``value`` of each rank, in their order."""
-    values = [None] * dist.get_world_size()
-    message = (
-        f"Rank {dist.get_rank()} has waited for the other ranks for {PATIENCE} seconds: each of "
-        "them must make the same calls on shared data."
-    )
-    word = threading.Timer(PATIENCE, warnings.warn, [message])
-    word.daemon = True
-    word.start()
-    try:
-        with meeting():
-            dist.all_gather_object(values, value)
-    finally:
-        word.cancel()
-    return values
+def _of_all(what: str, value: object, error: Exception | None = None) -> list:
+    """``value`` of each rank, in their order. ``what`` it is must be the same on all of them.
+
+    With an ``error`` in its place, this rank tells the others why it stops, and all of them raise
+    the same: a ``ValueError`` or ``TypeError``, and for anything else ``RankLost``.
+    """
+    found = [None] * dist.get_world_size()
+    with meeting():
+        dist.all_gather_object(found, (what, value, error and _for_others(error)))
+    failed = next((why for *_, why in found if why), None)
+    if failed:
+        raise _told(failed) from error
+    if len({kind for kind, *_ in found}) > 1:
+        raise _told(
+            ValueError("The ranks make different calls on shared data: make the same ones.")
+        )
+    return [value for _, value, _ in found]
+
+
+def _for_others(error: Exception) -> Exception:
+    for kind in (ValueError, TypeError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RankLost(f"Rank {dist.get_rank()} has stopped ({first_line(error)}).")
+
+
+def _told(error: Exception) -> Exception:
+    """``error``, marked as one that every rank raises."""
+    error.told = True
+    return error
+
+
+def _examples_digest(data: Dataset) -> bytes:
+    """SHA-256 of the tensors, or of three examples, read with the same random numbers everywhere.
+
+    What can't be read says so where it is needed.
+    """
+    digest = hashlib.sha256()
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]), suppress(Exception):
+        torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
+        whole = type(data) is TensorDataset
+        places = {0, len(data) // 2, len(data) - 1}
+        for value in tree_leaves(data.tensors if whole else [data[i] for i in sorted(places)]):
+            is_tensor = isinstance(value, Tensor)
+            digest.update(_bytes(value) if is_tensor else numpy.asarray(value).tobytes())
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+    return digest.digest()
 
 
 def _digest(model: nn.Module) -> bytes:
     """SHA-256 of the parameters and buffers, the same however they are laid out in memory."""
     digest = hashlib.sha256()
     for value in _values(model):
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(value))
     return digest.digest()
+
+
+def _bytes(value: Tensor) -> numpy.ndarray:
+    return value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def _values(model: nn.Module) -> Iterator[Tensor]:
@@ -161,13 +251,29 @@ def _values(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Raise ``RankLost``, with one sentence, if the ranks fail to meet in this block."""
+    """Raise ``RankLost``, with one sentence, if the ranks fail to meet in this block, and warn if
+    this one waits for long.
+    """
+
+    def say_so() -> None:
+        who = f"Rank {dist.get_rank()}" if dist.is_initialized() else "This process"
+        warnings.warn(
+            f"{who} has waited for the other ranks for {PATIENCE} seconds: each of them must make "
+            "the same calls on shared data.",
+            stacklevel=2,
+        )
+
+    word = threading.Timer(PATIENCE, say_so)
+    word.daemon = True
+    word.start()
     try:
         yield
     except RuntimeError as error:
         raise RankLost(
             f"This process can't go on with the other ranks, and stops ({first_line(error)})."
         ) from error
+    finally:
+        word.cancel()
 
 
 # Training
@@ -184,6 +290,27 @@ def in_parallel(model: nn.Module, data: Dataset) -> nn.Module:
         return model
     with meeting():  # a static graph may have parameters that aren't used
         return DistributedDataParallel(model, static_graph=True)
+
+
+@contextmanager
+def forward_pass(model: nn.Module) -> Iterator[None]:
+    """What a rank raises in its forward pass, all ranks raise that train ``model`` together.
+
+    Otherwise they would wait for its gradients.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if isinstance(model, DistributedDataParallel):
+        with meeting():
+            failed = torch.tensor([failure is not None], dtype=torch.int32, device=model.device)
+            dist.all_reduce(failed)
+        if failed:
+            _of_all("", None, failure)
+    if failure:
+        raise failure
 
 
 def make_same(model: nn.Module, data: Dataset) -> None:

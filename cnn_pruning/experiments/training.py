@@ -17,6 +17,8 @@ from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.progress import progress
 from cnn_pruning.experiments.ranks import (
     Shared,
+    agree,
+    forward_pass,
     gathered,
     in_parallel,
     make_same,
@@ -24,6 +26,7 @@ from cnn_pruning.experiments.ranks import (
     own,
     seed_of_rank,
     summed,
+    together,
 )
 from cnn_pruning.network.checks import check_function, integer, positive
 from cnn_pruning.network.description import BATCH_NORM
@@ -58,15 +61,16 @@ def evaluate(
     images that the network can't take, outputs that aren't logits (N, classes), or labels that
     aren't integers of one of the classes.
     """
-    device = device_of(model)
     loss, correct = 0.0, 0
-    loader = batches(data, batch_size)
-    with evaluation(model):
-        for images, labels in pieces(loader, device):
-            outputs = outputs_of(model, images)
-            loss += summed_loss(outputs, labels, cost).item()
-            correct += _correct(outputs, labels)
-    sums = summed(data, model, {"loss": loss, "correct": correct})
+    with together(data):
+        device = device_of(model)
+        agree(data, cost=cost)
+        with evaluation(model):
+            for images, labels in pieces(batches(data, batch_size), device):
+                outputs = outputs_of(model, images)
+                loss += summed_loss(outputs, labels, cost).item()
+                correct += _correct(outputs, labels)
+        sums = summed(data, model, {"loss": loss, "correct": correct})
     return sums["loss"] / len(data), sums["correct"] / len(data)
 
 
@@ -113,16 +117,19 @@ def fit(
     Raises ``ValueError`` for epochs, batch size or learning rate out of range, for a network
     without a parameter to train, for a last mini-batch of one image if batch norm can't take it,
     and what ``evaluate`` raises for data that can't be used, all before the model changes;
-    ``FloatingPointError`` if the loss stops being finite, and ``ranks.RankLost``.
+    ``FloatingPointError`` if the loss stops being finite, and ``ranks.RankLost``. What one rank
+    can't use, or has other settings for, all ranks refuse.
     """
-    epochs, lr, seed = check_settings(epochs, lr, seed)
-    if on_epoch is not None:
-        check_function("on_epoch", on_epoch, "row")
-    batch_size = integer("batch_size", batch_size, 1)
-    loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
-    evaluate(model, val, cost=cost)  # raises, if it must, before the model changes
-    check_trainable(model, train, batch_size)
-    precision = mixed_precision(model, train)
+    with together(train):  # raises, if it must, before the model changes
+        epochs, lr, seed = check_settings(epochs, lr, seed)
+        agree(train, epochs=epochs, lr=lr, cost=cost)
+        if on_epoch is not None:
+            check_function("on_epoch", on_epoch, "row")
+        batch_size = integer("batch_size", batch_size, 1)
+        loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
+        evaluate(model, val, cost=cost)
+        check_trainable(model, train, batch_size)
+        precision = mixed_precision(model, train)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=max(1, steps))
@@ -183,9 +190,10 @@ def update(
     optimizer.zero_grad()
     parallel = isinstance(model, DistributedDataParallel)
     with meeting() if parallel else nullcontext():
-        with precision:
-            outputs = outputs_of(model, images)
-        loss = summed_loss(outputs, labels, cost)
+        with forward_pass(model):
+            with precision:
+                outputs = outputs_of(model, images)
+            loss = summed_loss(outputs, labels, cost)
         with nullcontext() if parallel else differentiable(loss):
             (loss / divisor).backward()
     optimizer.step()
