@@ -1,6 +1,8 @@
-"""The drawing of notebook 1: a gate behind every filter."""
+"""The figures of notebook 1: a gate behind every filter, and what closing it costs."""
 
-from cnn_pruning.plots import INK, METHODS, REMOVED, headline, subplots
+from collections.abc import Mapping, Sequence
+
+from cnn_pruning.plots import CONTROL, INK, LAYERS, METHODS, REMOVED, headline, label_ends, subplots
 from figures.filters import signed
 
 import torch
@@ -14,7 +16,7 @@ def gate_diagram(image: Tensor) -> Figure:
 
     The second gate is closed. A dashed arrow shows where the gradient arrives.
     """
-    figure, ((axis,),) = subplots(1, 1, 10, 4.8)
+    figure, ((axis,),) = subplots(1, 1, 7.6, 3.9)
     axis.set(xlim=(0, 10), ylim=(-0.6, 3.95), aspect="equal")
     axis.axis("off")
     edge = torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([-1.0, 0, 1])
@@ -63,4 +65,77 @@ def gate_diagram(image: Tensor) -> Figure:
     words = "one backward pass:\n$\\partial C/\\partial z$ for every filter"
     axis.text(8.1, 0.02, words, ha="center", va="top", color=back["color"])
     headline(figure, "A gate behind every filter: closed, it takes the filter out")
+    return figure
+
+
+def gate_curves(
+    gates: Tensor, curves: Tensor, slopes: Tensor, filters: Sequence[int], at: float | None = None
+) -> Figure:
+    """The mean cost while a gate closes, from left to right, and the tangent at the open gate.
+
+    ``curves`` (K, G) are the costs (nats) of every filter at the ``gates`` (G,), which fall from 1
+    to 0, and ``slopes`` (K,) the derivatives at 1. The first of ``filters`` is drawn in the color
+    of its layer. ``at`` marks one gate, with both values.
+    """
+    figure, ((axis,),) = subplots(1, 1, 6.4, 3.6)
+    tangents = curves[:, :1] + slopes[:, None] * (gates - 1)
+    for k, color in zip(filters, (LAYERS[1], INK), strict=False):
+        for values, style, name in ((curves, "-", "true cost"), (tangents, "--", "tangent")):
+            axis.plot(gates, values[k], style, color=color, lw=2, label=f"filter {k}: {name}")
+            if at is not None:
+                here = values[k, (gates - at).abs().argmin()].item()
+                axis.plot([at], [here], "o", color=color)
+                axis.annotate(f"{here:.3f}", (at, here), (0, 8), textcoords="offset points")
+    axis.set(xlim=(1, 0), xlabel="gate g (1 is open, 0 is closed)")
+    axis.set(ylabel="mean cross-entropy (nats)", ylim=(None, 1.05 * curves.max().item()))
+    label_ends(axis)
+    headline(figure, "The tangent at the open gate misses\nmost of what closing it costs")
+    return figure
+
+
+def slope_histograms(y: Tensor, filters: Sequence[int]) -> Figure:
+    """The slopes ``y`` (N, K) of single examples for some filters, one panel above the other.
+
+    A solid line marks the mean, and dashed ones the mean size, to both sides.
+    """
+    figure, axes = subplots(len(filters), 1, 6.4, 1.45 * len(filters) + 0.8, sharex=True)
+    edge = 4 * y[:, list(filters)].abs().mean(0).max().item()
+    for axis, k in zip(axes[:, 0], filters, strict=True):
+        mean, size = y[:, k].mean().item(), y[:, k].abs().mean().item()
+        axis.hist(y[:, k].clamp(-edge, edge), bins=61, range=(-edge, edge), color=LAYERS[1])
+        axis.axvline(mean, color=INK, lw=2)
+        for side in (-size, size):
+            axis.axvline(side, color=INK, ls="--")
+        axis.set_yscale("log")
+        words = f"filter {k}: mean {mean:+.3f} (solid), mean size {size:.3f} (dashed)"
+        axis.set_title(words.replace("-", "\u2212"), size=10)
+        axis.set_ylabel("examples (log)")
+    words = "slope y of one example's cost (nats); the bars at the ends hold what lies beyond"
+    axes[-1, 0].set_xlabel(words)
+    headline(figure, "Single slopes are large; they cancel in the mean")
+    return figure
+
+
+def places(orders: Mapping[str, Tensor], truth: Tensor) -> Figure:
+    """The place of each filter by several scores (K,), and by the ``truth`` (K,) at the right.
+
+    The costliest filter stands at the top. A line joins the places of one filter.
+    """
+    columns = [*orders.values(), truth]
+    ranks = torch.stack([values.argsort().argsort() for values in columns])
+    figure, ((axis,),) = subplots(1, 1, 6.4, 3.9)
+    for k, places_of_k in enumerate(ranks.T.tolist()):
+        moves = len({*places_of_k[:-1]}) > 1  # between the scores
+        color = LAYERS[1] if moves else CONTROL
+        axis.plot(range(len(columns)), places_of_k, color=color, lw=2.5 if moves else 1.5)
+        for x, place in enumerate(places_of_k):
+            axis.plot([x], [place], "o", ms=17, color=color)
+            axis.text(x, place, k, ha="center", va="center", color="white", weight="bold")
+    axis.set_xticks(range(len(columns)), [*orders, "the truth\n(oracle)"])
+    axis.xaxis.tick_top()
+    axis.set_yticks((0, len(truth) - 1), ("lowest", "highest"))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.margins(0.09)
+    headline(figure, "Three averaging orders give three rankings")
     return figure
