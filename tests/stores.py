@@ -15,7 +15,7 @@ import mlflow
 import pytest
 import torch
 from networks import assert_same
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning import CNN, tracking
 
@@ -24,6 +24,19 @@ def dataset(size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(size, 1, 28, 28, generator=generator)
     return TensorDataset(images, torch.randint(10, (size,), generator=generator))
+
+
+class Pairs(Dataset):
+    """A dataset that is read item by item."""
+
+    def __init__(self, data):
+        self.pairs = [(image, int(label)) for image, label in data]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i]
 
 
 SETTINGS = {"epochs": 1, "batch_size": 20, "lr": 1e-3}
@@ -137,6 +150,9 @@ def wait_in_a_run(root, uri, ids):
     with place(root, uri):
         tracking.connect()
         with tracking.run("outer") as outer, tracking.run("inner") as inner:
+            for each in (outer, inner):
+                with mock.patch.object(mlflow, "active_run", lambda each=each: each):
+                    tracking.keep_network(network())
             ids.send([outer.info.run_id, inner.info.run_id])
             time.sleep(600)
 
@@ -144,13 +160,15 @@ def wait_in_a_run(root, uri, ids):
 @contextmanager
 def gate(uri):
     """A server that hands on to the one at ``uri``, until its ``trouble`` is set to "refused",
-    "silent", or a status and a page. ``asked`` counts what it is asked in trouble; its ``uri``.
+    "silent", or a status and a page. ``asked`` counts what it is asked in trouble, ``logins`` says
+    who asks; its ``uri``.
     """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.server.asked += self.server.trouble is not None
+            self.server.logins.add(self.headers.get("Authorization"))
             if self.server.trouble == "silent":
                 self.server.over.wait()
                 return
@@ -174,6 +192,7 @@ def gate(uri):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.trouble, server.asked, server.over = None, 0, threading.Event()
+        server.logins = set()
         server.uri = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()

@@ -307,10 +307,31 @@ def test_what_mlflow_cannot_record_ends_the_program_in_one_line(store, monkeypat
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tracking, "log_dict", full)
+    monkeypatch.setattr(mlflow, "log_dict", full)
     assert program.main(arguments(epochs="1")) == 1
     printed = capsys.readouterr().err
     assert "'prune'" in printed and "No space left" in printed and printed.count("\n") == 1
+
+
+def test_what_stdout_cannot_encode_is_replaced(store, monkeypatch):
+    monkeypatch.setattr(program, "experiment", lambda *_: print("├─Conv2d"))
+    printed = io.BytesIO()
+    with redirect_stdout(io.TextIOWrapper(printed, encoding="cp1252")) as stdout:
+        assert program.main(arguments()) == 0
+        stdout.flush()
+    assert printed.getvalue() == b"??Conv2d\n".replace(b"\n", os.linesep.encode())
+
+
+def test_a_reader_of_its_output_who_has_enough_ends_it_without_a_traceback(
+    store, monkeypatch, capsys
+):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(program, "experiment", lambda *_: print("a line"))
+    with redirect_stdout(os.fdopen(writing, "w")) as stdout:
+        assert program.main(arguments()) == 141
+    stdout.close()  # Python does at its end, and nothing is left to fail
+    assert capsys.readouterr().err == ""
 
 
 # Bad values

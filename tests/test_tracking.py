@@ -1,3 +1,4 @@
+import base64
 import errno
 import hashlib
 import os
@@ -5,10 +6,16 @@ import pickle
 import re
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+import traceback
+import weakref
+from contextlib import contextmanager, nullcontext, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 import pytest
@@ -18,6 +25,7 @@ from stores import (
     IMAGES,
     SETTINGS,
     SPLITS,
+    Pairs,
     artifacts,
     assert_equal_networks,
     first_use,
@@ -34,6 +42,7 @@ from stores import (
     status,
     wait_in_a_run,
 )
+from torch import nn
 
 from cnn_pruning import TaylorPruner, fit, tracking
 from cnn_pruning.baseline import baseline, fit_and_log
@@ -87,6 +96,28 @@ def answering(words):
         thread.start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         thread.join()
+
+
+@contextmanager
+def dripping():
+    """A server that sends a byte now and then, and never an answer."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            with suppress(OSError):
+                while not over.wait(0.05):
+                    self.wfile.write(b"H")
+
+        do_POST = do_GET
+
+    over = threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            over.set()
+            server.shutdown()
 
 
 def foreign_server():
@@ -190,6 +221,93 @@ def test_starts_at_the_same_time_make_one_store(tmp_path, tmp_path_factory, monk
         for thread in threads:
             thread.join()
     assert len(made) == 1 and len(found) == 2 and len(set(found)) == 1
+
+
+def test_what_a_start_that_was_killed_has_begun_goes_at_the_next(tmp_path, monkeypatch):
+    half = tmp_path / "mlflow.db.running" / "half"
+    half.mkdir(parents=True)
+    (half / "mlflow.db").write_text("half a database")
+
+    def make(uri, _):
+        assert not Path(uri.removeprefix("sqlite:///")).exists()
+        raise OSError
+
+    monkeypatch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", make)
+    with place(tmp_path), pytest.raises(ValueError):
+        tracking.connect()
+    assert not half.exists() and not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b"])
+@pytest.mark.parametrize("default", [True, False])
+def test_a_path_that_is_another_one_in_an_address_is_refused_at_once(tmp_path, name, default):
+    folder = tmp_path / name
+    folder.mkdir()
+    uri = None if default else f"sqlite:///{folder.as_posix()}/mlflow.db"
+    with place(folder, uri), pytest.raises(ValueError, match=r"can't hold the % or \?"):
+        tracking.connect()
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:s3cret@127.0.0.1:9", "postgresql://me:s3cret@nowhere/x"]
+)
+def test_no_sentence_tells_a_password(tmp_path, uri):
+    with place(tmp_path, uri), pytest.raises((ConnectionError, ValueError)) as error:
+        tracking.connect()
+    shown = "".join(traceback.format_exception(error.value))
+    assert "s3cret" not in shown and uri.rpartition("@")[2] in shown
+
+
+def test_a_password_in_the_address_reaches_the_server_and_is_shown_nowhere(server, tmp_path, capfd):
+    with gate(server[0]) as gate_:
+        host = gate_.uri.removeprefix("http://")
+        with place(tmp_path, f"http://me:s%20cret@{host}"):
+            tracking.connect()
+            with tracking.run("run") as active:
+                shown = tracking.where_to_look(active)
+            uri = mlflow.get_tracking_uri()
+    login = base64.b64encode(b"me:s cret").decode()
+    assert gate_.logins == {f"Basic {login}"}
+    printed = "".join(capfd.readouterr())
+    assert uri == f"http://{host}" and "cret" not in shown + printed
+
+
+def test_a_server_that_drips_is_given_up_after_the_time_for_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "ANSWER_WITHIN", 0.5)
+    before = signal.getsignal(signal.SIGALRM)
+    with dripping() as uri, place(tmp_path, uri):
+        with pytest.raises(ConnectionError, match="it took longer than"):
+            tracking.connect()
+        monkeypatch.setattr(tracking, "_check_answer", lambda uri: None)
+        monkeypatch.setattr(tracking, "WITHIN", 0.5)
+        with pytest.raises(ValueError, match="it took longer than"):
+            tracking.connect()
+        with pytest.raises(tracking.NotRecorded, match="it took longer than"):
+            with tracking.run("run"):
+                pytest.fail("it began")
+    assert signal.getsignal(signal.SIGALRM) == before and not any(signal.getitimer(0))
+
+
+def test_the_experiment_that_the_user_has_set_is_used_and_stays_set(store, monkeypatch):
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+
+    def name(run):
+        return mlflow.get_experiment(run.info.experiment_id).name
+
+    for chosen in (None, "by name", "by call"):
+        if chosen == "by name":
+            monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", chosen)
+        elif chosen:
+            mlflow.set_experiment(chosen)
+        assert mlflow.get_experiment(tracking.connect()).name == (chosen or tracking.EXPERIMENT)
+        with tracking.run("outer") as outer:
+            with tracking.run("inner") as inner:
+                tracking.set_stage("stage")
+        assert {name(outer), name(inner)} == {chosen or tracking.EXPERIMENT}
+        assert tracking.find_runs("stage", {}) == [inner.info.run_id]
+        with mlflow.start_run() as own:
+            assert name(own) == (chosen or "Default")
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -313,6 +431,77 @@ def test_a_signal_ends_a_run_as_an_interrupt_does(store, name):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_python_ignores_comes_again(store, name):
+    class Object:
+        pass
+
+    def interrupted(_):
+        os.kill(os.getpid(), getattr(signal, name))
+        sum(range(10_000))
+
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), tracking.run("run") as active:
+        thing = Object()
+        reference = weakref.ref(thing, interrupted)
+        del thing  # Python ignores what a weak reference's callback raises
+        assert reference() is None
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert status(active.info.run_id) == "KILLED" and sys.unraisablehook is before
+
+
+def test_other_errors_that_python_ignores_are_reported_as_before(store, monkeypatch):
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with tracking.run("run"):
+        thing = threading.Event()
+        reference = weakref.ref(thing, failing(ValueError("in a callback")))
+        del thing
+    assert reference() is None and [found.exc_type for found in ignored] == [ValueError]
+
+
+def test_an_interrupt_while_a_run_starts_leaves_none_that_goes_on(store, monkeypatch):
+    def interrupted(client, *args, **kwargs):
+        made.append(create(client, *args, **kwargs).info.run_id)
+        raise KeyboardInterrupt
+
+    made, create = [], mlflow.MlflowClient.create_run
+    monkeypatch.setattr(mlflow.MlflowClient, "create_run", interrupted)
+    with pytest.raises(KeyboardInterrupt), tracking.run("run"):
+        pytest.fail("it began")
+    assert status(made[0]) == "KILLED"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_second_interrupt_doesnt_stop_the_marking_of_the_first(store, monkeypatch, name):
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(0.01)
+        return end(*args, **kwargs)
+
+    end = mlflow.MlflowClient.set_terminated
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        with tracking.run("outer") as outer, tracking.run("inner") as inner:
+            monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", interrupted)
+            raise KeyboardInterrupt
+    assert [status(each.info.run_id) for each in (outer, inner)] == ["KILLED"] * 2
+    assert ["marked as KILLED" in note for note in caught.value.__notes__] == [True] * 2
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_an_interrupt_behind_the_end_leaves_the_run_finished(store, monkeypatch):
+    def interrupted(*_):
+        end()
+        raise KeyboardInterrupt
+
+    end = mlflow.end_run
+    with pytest.raises(KeyboardInterrupt), tracking.run("run") as active:
+        monkeypatch.setattr(mlflow, "end_run", interrupted)
+    assert status(active.info.run_id) == "FINISHED"
+
+
 def test_a_signal_that_is_ignored_stays_ignored(store):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -351,17 +540,19 @@ def test_the_next_start_marks_the_runs_of_the_dead_and_no_others(store, shared, 
             assert {status(each) for each in its_runs} == {"RUNNING"}
             tracking.connect()
             assert {status(each) for each in its_runs} == {"KILLED"}
+            for each in its_runs:  # what lay on this machine
+                assert_equal_networks(tracking.load_network(each), network())
             assert status(mine.info.run_id) == status(elsewhere) == "RUNNING"
     finally:
         process.kill()
         process.join()
-    assert not list(shared[0].glob("mlflow.db.running/*.alive"))
+    assert {path.name for path in shared[0].glob("mlflow.db.running/*")} <= {"all.lock"}
 
 
 def test_a_run_that_ended_before_its_process_died_stays_as_it_ended(store, shared):
     with tracking.run("finished") as finished:
         pass
-    left = shared[0] / "mlflow.db.running" / f"{finished.info.run_id}.alive"
+    left = shared[0] / "mlflow.db.running" / f"{finished.data.tags[tracking.LOCK]}.alive"
     left.touch()
     tracking.connect()
     assert status(finished.info.run_id) == "FINISHED" and not left.exists()
@@ -372,6 +563,20 @@ def test_what_belongs_to_a_server_lies_in_the_users_home_and_tells_no_password(t
         folder = tracking._folder_of_this_machine("https://me:secret@runs.example:80/team")
     assert tmp_path in folder.parents
     assert "runs.example" in folder.name and "secret" not in str(folder)
+
+
+@pytest.mark.parametrize("trouble", ["unknown user", "read-only home"])
+def test_without_a_home_it_lies_among_the_temporary_files(tmp_path, monkeypatch, trouble):
+    def access(path, mode):
+        return path != tmp_path
+
+    with place(tmp_path):
+        if trouble == "unknown user":
+            monkeypatch.setattr(Path, "home", failing(RuntimeError("Could not determine it.")))
+        else:
+            monkeypatch.setattr(os, "access", access)
+        folder = tracking._folder_of_this_machine("https://runs.example")
+    assert Path(tempfile.gettempdir()) in folder.parents and tmp_path not in folder.parents
 
 
 # Networks
@@ -426,6 +631,55 @@ def test_a_pickle_in_place_of_a_network_is_refused_and_never_run(store, shared, 
     assert not (tmp_path / "attacked").exists()
 
 
+def test_a_network_of_ones_own_is_logged_and_read_into_a_new_one(store):
+    def own(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 10))
+
+    with tracking.run("own") as active:
+        fit_and_log(own(0), *map(Pairs, SPLITS), epochs=1, batch_size=20, lr=1e-30, seed=0)
+    new = own(1)
+    assert tracking.load_network(active.info.run_id, new) is new
+    assert_same(logits(new), logits(own(0)))
+    found = mlflow.get_run(active.info.run_id).data
+    assert found.params["channels"] == "(2,)" and found.metrics["filters"] == 2
+    with pytest.raises(ValueError, match="does not hold a network"):
+        tracking.load_network(active.info.run_id)
+
+
+def test_a_file_that_tells_of_a_huge_network_is_refused_without_building_it(tmp_path):
+    for channels in ((300_000,), (2**40, 3)):
+        file = {"channels": channels, "state_dict": network().state_dict()}
+        torch.save(file, tmp_path / "network.pt")
+        with pytest.raises(ValueError, match="does not hold a network"):
+            tracking.read_network(tmp_path / "network.pt")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda what, to: to.write_bytes(pickle.dumps(what))])
+@pytest.mark.parametrize("new_digest", [False, True])
+def test_code_in_place_of_a_model_is_refused_and_never_run(store, tmp_path, write, new_digest):
+    with tracking.run("model") as active:
+        tracking.log_model(network(), IMAGES[:2])
+    run_id = active.info.run_id
+    (model,) = mlflow.get_run(run_id).outputs.model_outputs
+    location = mlflow.get_logged_model(model.model_id).artifact_location
+    folder = Path(urlsplit(location).path if ":" in location else location)
+    settings = (folder / "MLmodel").read_text()
+    (folder / "MLmodel").write_text(settings.replace("mlflow.pytorch", "antigravity"))
+    assert "antigravity" in (folder / "MLmodel").read_text()
+    assert_same(tracking.predict(run_id, IMAGES), logits(network()).argmax(1))
+    assert "antigravity" not in sys.modules
+    path = folder / "data" / "model.pt2"
+    write(Attack(tmp_path / "attacked"), path)
+    if new_digest:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        mlflow.MlflowClient().set_tag(run_id, tracking.MODEL_DIGEST, digest)
+    with pytest.raises((ValueError, mlflow.MlflowException)):
+        tracking.predict(run_id, IMAGES)
+    assert not (tmp_path / "attacked").exists()
+
+
 def test_a_run_without_a_network_is_an_error(store):
     with tracking.run("empty") as active:
         pass
@@ -461,15 +715,74 @@ def test_a_network_is_kept_whole_or_not_at_all(store, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_nothing_is_kept_of_a_run_that_mlflow_has_or_that_failed_by_itself(store, shared):
-    for error in (None, ValueError, KeyboardInterrupt):
-        with suppress(ValueError, KeyboardInterrupt), tracking.run("run"):
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [None, ValueError("mine"), OSError(errno.ENOSPC, "mine"), KeyboardInterrupt()],
+    ids=repr,
+)
+def test_whatever_the_users_block_raises_comes_through_and_mlflow_gets_the_network(store, error):
+    with pytest.raises(type(error)) if error else nullcontext() as caught:
+        with tracking.run("run") as active:
             path = tracking.keep_network(network())
             assert path.exists()
             if error:
                 raise error
             tracking.log_network(network())
-        assert not path.parent.exists()
+    assert error is None or caught.value is error
+    assert not path.parent.exists()
+    assert_equal_networks(tracking.load_network(active.info.run_id), network())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory"),
+        KeyError("run"),
+        TypeError("a proxy's answer"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("place", ["log_artifact", "log_text", "set_tag"])
+def test_whatever_mlflow_raises_is_one_sentence_that_says_where_the_network_lies(
+    store, monkeypatch, error, place
+):
+    with monkeypatch.context() as patch, pytest.raises(tracking.NotRecorded) as caught:
+        with tracking.run("run") as active:
+            path = tracking.keep_network(network())
+            patch.setattr(mlflow.MlflowClient, place, failing(error))
+            tracking.log_network(network())
+    said = str(caught.value)
+    assert "'run'" in said and error.args[-1] in said and str(path) in said and "\n" not in said
+    assert_equal_networks(tracking.read_network(path), network())
+    assert status(active.info.run_id) == "FAILED"
+    tracking.connect()  # gives it to MLflow
+    assert not path.exists()
+    assert_equal_networks(tracking.load_network(active.info.run_id), network())
+
+
+def test_a_network_that_mlflow_never_gets_is_never_deleted_and_is_named(store, monkeypatch):
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", failing(PermissionError("no")))
+    with pytest.raises(ValueError) as caught, tracking.run("run"):
+        path = tracking.keep_network(network())
+        raise ValueError
+    assert str(path) in "".join(caught.value.__notes__)
+    with pytest.warns(UserWarning, match=re.escape(str(path))):
+        tracking.connect()
+    assert_equal_networks(tracking.read_network(path), network())
+
+
+def test_logging_without_a_run_is_an_error(store):
+    with pytest.raises(ValueError, match="No run is active"):
+        tracking.log_metrics({"value": 1})
+    assert mlflow.active_run() is None
 
 
 # A server
@@ -544,6 +857,7 @@ def kept_networks(home):
         ((500, b"a fault"), "500"),
         ((403, b"<html>Not for you</html>"), "403"),
         ((200, b"<html>Please log in</html>"), "not in a valid JSON format"),
+        ((200, b'{"unexpected": true}'), ""),
     ],
 )
 def test_of_a_server_in_trouble_one_sentence_says_what_is_lost_and_where_the_network_is(
