@@ -118,8 +118,8 @@ def widths_of(network: nn.Module) -> tuple[int, ...]:
 
 def rows_of_seed(seed: int, folder: Path, train, val, test) -> tuple[list[dict], Path]:
     """Its rows, and where its trained network is kept."""
-    rows = whole_tables.Rows(folder / "parts" / f"own_network_{seed}.jsonl", settings([seed]))
-    kept = folder / "parts" / f"own_network_{seed}.pt"
+    rows = whole_tables.Rows(folder / "own_network.part" / f"{seed}.jsonl", settings([seed]))
+    kept = folder / "own_network.part" / f"{seed}.pt"
     if rows.has(method=MORE_EPOCHS):  # the last one
         return rows.rows, kept
     model = trained_once(

@@ -178,12 +178,12 @@ def networks(
 
 def compare(seed: int, folder: Path, train, val, test) -> list[dict]:
     """Make every network of one seed; return a row for each."""
-    rows = whole_tables.Rows(folder / "parts" / f"repair_{seed}.jsonl", settings([seed]))
+    rows = whole_tables.Rows(folder / "repair.part" / f"{seed}.jsonl", settings([seed]))
     if rows.has(method="pixels"):  # the last one
         return rows.rows
     torch.manual_seed(seed)
     training = TRAINING | {"epochs": BASELINE_EPOCHS, "seed": seed}
-    kept = folder / "parts" / f"repair_{seed}.pt"
+    kept = folder / "repair.part" / f"{seed}.pt"
     model = trained_once(kept, CNN(CHANNELS), lambda network: fit(network, train, val, **training))
     for network, columns, final in networks(model.cpu(), train, val, seed, rows):
         row = dict.fromkeys(COLUMNS, 0) | {"seed": seed} | columns

@@ -162,8 +162,8 @@ def pruned(model: ResNet, data, seed: int) -> Iterator[tuple[str, float, ResNet]
 
 def rows_of_seed(seed: int, folder: Path, train, val, test) -> tuple[list[dict], Path]:
     """Its rows, and where its trained network is kept."""
-    rows = whole_tables.Rows(folder / "parts" / f"residual_{seed}.jsonl", settings([seed]))
-    kept = folder / "parts" / f"residual_{seed}.pt"
+    rows = whole_tables.Rows(folder / "residual.part" / f"{seed}.jsonl", settings([seed]))
+    kept = folder / "residual.part" / f"{seed}.pt"
     if rows.has(method="random", share=SHARES[-1]):  # the last one
         return rows.rows, kept
     model = trained_once(
