@@ -121,10 +121,6 @@ def test_a_few_hundred_images_are_enough():
     assert number("03", r"With 256 images the rank correlation is ([\d.]+)") > 0.95
 
 
-def test_no_filter_makes_the_training_loss_worse():
-    assert number("03", r"Filters without which the training loss falls: (\d+)") == 0
-
-
 def test_two_scores_of_the_same_images_share_their_errors():
     """The error of a difference follows from the squares and the product of the sizes."""
     first = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0)).double()

@@ -98,7 +98,7 @@ def signed(values: Tensor, limit: float) -> Tensor:
     return torch.cat([colors, (values.abs() / limit).clamp(max=1).sqrt()[..., None]], dim=-1)
 
 
-def two_rankings(
+def rankings(
     left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: tuple[str, str], mark: int
 ) -> Figure:
     """All filters in two columns, the highest score at the top; a line joins each filter.

@@ -68,28 +68,26 @@ def gate_diagram(image: Tensor) -> Figure:
     return figure
 
 
-def gate_curves(
-    gates: Tensor, curves: Tensor, slopes: Tensor, filters: Sequence[int], at: float | None = None
+def gate_curve(
+    gates: Tensor, curves: Tensor, slopes: Tensor, k: int, at: float | None = None
 ) -> Figure:
-    """The mean cost while a gate closes, from left to right, and the tangent at the open gate.
+    """The mean cost while the gate of filter ``k`` closes, left to right, and its tangent.
 
     ``curves`` (K, G) are the costs (nats) of every filter at the ``gates`` (G,), which fall from 1
-    to 0, and ``slopes`` (K,) the derivatives at 1. The first of ``filters`` is drawn in the color
-    of its layer. ``at`` marks one gate, with both values.
+    to 0, and ``slopes`` (K,) the derivatives at 1. ``at`` marks one gate, with both values.
     """
     figure, ((axis,),) = subplots(1, 1, 6.4, 3.6)
-    tangents = curves[:, :1] + slopes[:, None] * (gates - 1)
-    for k, color in zip(filters, (LAYERS[1], INK), strict=False):
-        for values, style, name in ((curves, "-", "true cost"), (tangents, "--", "tangent")):
-            axis.plot(gates, values[k], style, color=color, lw=2, label=f"filter {k}: {name}")
-            if at is not None:
-                here = values[k, (gates - at).abs().argmin()].item()
-                axis.plot([at], [here], "o", color=color)
-                axis.annotate(f"{here:.3f}", (at, here), (0, 8), textcoords="offset points")
+    tangent = curves[k, 0] + slopes[k] * (gates - 1)
+    for values, style, name in ((curves[k], "-", "true cost"), (tangent, "--", "tangent")):
+        axis.plot(gates, values, style, color=LAYERS[1], lw=2, label=name)
+        if at is not None:
+            here = values[(gates - at).abs().argmin()].item()
+            axis.plot([at], [here], "o", color=LAYERS[1])
+            axis.annotate(f"{here:.3f}", (at, here), (0, 8), textcoords="offset points")
     axis.set(xlim=(1, 0), xlabel="gate g (1 is open, 0 is closed)")
     axis.set(ylabel="mean cross-entropy (nats)", ylim=(None, 1.05 * curves.max().item()))
     label_ends(axis)
-    headline(figure, "The tangent at the open gate misses\nmost of what closing it costs")
+    headline(figure, f"Filter {k}: what closing its gate costs, and what the tangent says")
     return figure
 
 

@@ -24,7 +24,7 @@ def filter_lines(
     (above, below), (gone_above, gone_below) = maps.values(), removed.values()
     width, height, classes, top = len(above), len(below), 10, 4.2
     figure, ((axis,),) = subplots(1, 1, 7.6, 6)
-    axis.set(xlim=(-5.2, width + classes + 3.6), ylim=(top + height + 0.2, -1.2), aspect="equal")
+    axis.set(xlim=(-5.8, width + classes + 3.6), ylim=(top + height + 0.2, -1.2), aspect="equal")
     axis.axis("off")
 
     def cell(x: float, y: float, color: str) -> None:
@@ -58,7 +58,7 @@ def filter_lines(
     axis.text(-0.4, 0.5, "first layer:\nits filters", **beside)
     axis.text(-0.4, 2.4, "their maps", **beside)
     words = "second layer:\na row is a filter,\na cell is its slice\nfor the map above"
-    axis.text(-0.9, top + height / 2, words, linespacing=1.4, **beside)
+    axis.text(-1.5, top + height / 2, words, linespacing=1.4, **beside)
     for i in gone_above:
         axis.text(i + 0.5, -0.3, i, color=REMOVED, ha="center", size=9, weight="bold")
     for n in gone_below:
