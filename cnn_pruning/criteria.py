@@ -12,29 +12,19 @@ from torch.utils.data import Dataset
 
 from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.ranks import gathered, summed
-from cnn_pruning.feature_maps import feature_maps, scorable
-from cnn_pruning.network.checks import check_function, shown
-from cnn_pruning.network.description import CONV, Network, Part
+from cnn_pruning.feature_maps import feature_maps
+from cnn_pruning.network import passes
+from cnn_pruning.network.checks import check_function, kind_of, shown
+from cnn_pruning.network.description import CONV, Network, Part, by_filter
 from cnn_pruning.network.maps import Maps
-from cnn_pruning.network.passes import (
-    Cost,
-    call,
-    device_of,
-    differentiable,
-    evaluation,
-    on_device,
-    outputs_of,
-    summed_loss,
-)
+from cnn_pruning.network.passes import Cost, copy_of
 from cnn_pruning.oracle import oracle, oracle_abs
 from cnn_pruning.scores import Scores
-
-Model = nn.Module | Network
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(feature map, gradient), both (N, K, M), to the score of each filter on each example, (N, K)."""
 
-Criterion = Callable[[Model, Dataset, int, Cost | None], Scores]
+Criterion = Callable[[Network, Dataset, int, Cost | None], Scores]
 """(network, data, batch size, cost of each example) to scores."""
 
 BINS = 10  # of the activation, for the mutual information
@@ -58,11 +48,6 @@ def taylor_abs_first(feature_map: Tensor, gradient: Tensor) -> Tensor:
     Not Eq. 8, though common: within a map, changes of opposite sign don't cancel any more.
     """
     return (feature_map * gradient).abs().mean(2)
-
-
-def taylor_signed(feature_map: Tensor, gradient: Tensor) -> Tensor:
-    """(1/M) sum_m (dC/dz_m) z_m: as ``taylor``, but without the absolute value."""
-    return (feature_map * gradient).mean(2)
 
 
 def taylor_squared(feature_map: Tensor, gradient: Tensor) -> Tensor:
@@ -103,13 +88,11 @@ class MeanOverExamples:
     def add(self, maps: Maps) -> None:
         """Add a mini-batch. Raises ``ValueError`` if the criterion doesn't return (N, K)."""
         for layer, (z, slope) in maps.items():
-            values = call("The criterion", self.per_example, z, slope)
-            shape = getattr(values, "shape", None)
-            if not isinstance(values, Tensor) or shape != z.shape[:2]:
+            values = passes.call("The criterion", self.per_example, z, slope)
+            if not isinstance(values, Tensor) or values.shape != z.shape[:2]:
                 raise ValueError(
                     "The criterion must return a tensor (examples, filters), "
-                    f"{tuple(z.shape[:2])} for {layer}, but it returned "
-                    f"{type(values).__name__} {tuple(shape or ())}."
+                    f"{tuple(z.shape[:2])} for {layer}, but it returned {kind_of(values)}."
                 )
             total = values.cpu().sum(0, dtype=torch.float64)  # not every device has float64
             self.totals[layer] = self.totals[layer] + total if layer in self.totals else total
@@ -122,37 +105,30 @@ class MeanOverExamples:
         return {layer: total / examples for layer, total in totals.items()}
 
 
-def over_examples(per_example: PerExample) -> Criterion:
-    """Return the criterion that is the mean of ``per_example`` over all examples.
+def over_examples(
+    per_example: PerExample, network: Network, data: Dataset, batch_size: int, cost: Cost | None
+) -> Scores:
+    """Return the mean of ``per_example`` over all examples.
 
     ``FORWARD_ONLY`` functions are given None for the gradient, and there is no backward pass.
     """
-
-    def score(model: Model, data: Dataset, batch_size: int, cost: Cost | None = None) -> Scores:
-        network = scorable(model, data)
-        mean = MeanOverExamples(per_example)
-        gradient = per_example not in FORWARD_ONLY
-        for _, maps in feature_maps(network, data, batch_size, gradient, cost):
-            mean.add(maps)
-        return mean.scores(network.model, data)
-
-    return score
+    mean = MeanOverExamples(per_example)
+    gradient = per_example not in FORWARD_ONLY
+    for _, maps in feature_maps(network, data, batch_size, gradient, cost):
+        mean.add(maps)
+    return mean.scores(network.model, data)
 
 
-def taylor_abs_last(
-    model: Model, data: Dataset, batch_size: int, cost: Cost | None = None
-) -> Scores:
+def taylor_abs_last(network: Network, data: Dataset, batch_size: int, cost: Cost | None) -> Scores:
     """|mean over examples of (1/M) sum_m (dC/dz_m) z_m|: the absolute value comes last.
 
     Not Eq. 8, though common: near a minimum the changes of the examples cancel.
     """
-    signed = over_examples(taylor_signed)(model, data, batch_size, cost)
+    signed = over_examples(lambda z, g: (z * g).mean(2), network, data, batch_size, cost)
     return {layer: values.abs() for layer, values in signed.items()}
 
 
-def activation_std(
-    model: Model, data: Dataset, batch_size: int, cost: Cost | None = None
-) -> Scores:
+def activation_std(network: Network, data: Dataset, batch_size: int, cost: Cost | None) -> Scores:
     """The standard deviation of the feature map's values, over positions and examples together.
 
     The paper doesn't say over what; with a mean per example, as for the other criteria, maps of one
@@ -160,23 +136,18 @@ def activation_std(
 
     Source: Molchanov et al. 2017, section 2.2.
     """
-    network = scorable(model, data)
-    sums: dict[str, Tensor] = {}
+    mean = MeanOverExamples(lambda z, _: z.double().mean(2))
+    square = MeanOverExamples(lambda z, _: z.double().square().mean(2))
     for _, maps in feature_maps(network, data, batch_size, gradient=False):
-        for layer, (z, _) in maps.items():
-            z = z.double()
-            moments = torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)]).cpu()
-            sums[layer] = sums[layer] + moments if layer in sums else moments
-    sums = summed(data, network.model, sums)
-    scores = {}
-    for layer, moments in sums.items():
-        mean, mean_square = moments / len(data)
-        scores[layer] = (mean_square - mean.square()).clamp(min=0).sqrt()
-    return scores
+        mean.add(maps)
+        square.add(maps)
+    means = mean.scores(network.model, data)
+    squares = square.scores(network.model, data)
+    return {n: (squares[n] - means[n].square()).clamp(min=0).sqrt() for n in means}
 
 
 def mutual_information(
-    model: Model, data: Dataset, batch_size: int, cost: Cost | None = None
+    network: Network, data: Dataset, batch_size: int, cost: Cost | None = None
 ) -> Scores:
     """The information (nats) that a filter's quantized activation gives about the label.
 
@@ -185,7 +156,6 @@ def mutual_information(
 
     Source: Molchanov et al. 2017, section 2.2.
     """
-    network = scorable(model, data)
     means: dict[str, list[Tensor]] = {}
     labels = []
     for batch, maps in feature_maps(network, data, batch_size, gradient=False):
@@ -211,62 +181,43 @@ def mutual_information(
     return scores
 
 
-def weight(
-    model: Model, data: Dataset | None = None, batch_size: int = 0, cost: Cost | None = None
-) -> Scores:
+def weight(network: Network, *_: object) -> Scores:
     """(1/|w|) sum w^2 over all weights that make a filter's maps, without biases.
 
     The data play no part, but that some networks are read from them.
 
     Source: Molchanov et al. 2017, section 2.2, "Minimum weight".
     """
-    network, scores = scorable(model, data), {}
-    for name, filters in network.filters().items():
-        squares, count = torch.zeros(filters, dtype=torch.float64), torch.zeros(filters)
-        for parameter, owners, rows in _parameters(network, name, biases=False):
-            values = rows(parameter.detach().double().square()).cpu()
-            squares.index_add_(0, owners, values.sum(1))
-            count += values.shape[1] * owners.bincount(minlength=filters)
-        scores[name] = squares / count
+    scores = {}
+    for name in network.groups:
+        rows = [_rows(network, name, part, layer.weight) for layer, part in _makers(network, name)]
+        scores[name] = torch.cat(rows, 1).detach().double().square().mean(1)
     return scores
 
 
-def _parameters(network: Network, name: str, biases: bool = True):
-    """Yield the parameters that make a group's maps, the filters (channels,) that the channels of
-    the maps are of, and how values of the parameter's shape become (channels, values).
-    """
-    for part in network.groups[name].side("out"):
-        layer = network.layer(part.name)
-        if not isinstance(layer, CONV | nn.Linear):
-            continue
-
-        def rows(values: Tensor, layer: nn.Module = layer, part: Part = part) -> Tensor:
-            if values.dim() > 1 and getattr(layer, "transposed", False):
-                # (in, out of one group, ...): the outputs of all groups first
-                values = values.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
-            return values.reshape(len(values), -1)[part.channels.to(values.device)]
-
-        yield layer.weight, part.owners, rows
-        if biases and layer.bias is not None:
-            yield layer.bias, part.owners, rows
+def _makers(network: Network, name: str) -> list[tuple[nn.Module, Part]]:
+    """The layers that make the maps of a group."""
+    parts = network.groups[name].side("out")
+    made = [(network.layer(part.name), part) for part in parts]
+    return [(layer, part) for layer, part in made if isinstance(layer, CONV | nn.Linear)]
 
 
-def random(
-    model: Model, data: Dataset | None = None, batch_size: int = 0, cost: Cost | None = None
-) -> Scores:
+def _rows(network: Network, name: str, part: Part, values: Tensor) -> Tensor:
+    """``values`` of a parameter's shape, as (filters, values) of the group."""
+    if values.dim() > 1 and getattr(network.layer(part.name), "transposed", False):
+        # (in, out of one group, ...): the outputs of all groups first
+        groups = network.layer(part.name).groups
+        values = values.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return by_filter(values.reshape(1, len(values), -1), part, network.groups[name].filters)[0]
+
+
+def random(network: Network, *_: object) -> Scores:
     """Uniform random numbers in [0, 1): the control. ``torch.manual_seed`` sets them."""
-    return {
-        layer: torch.rand(filters, dtype=torch.float64)
-        for layer, filters in scorable(model, data).filters().items()
-    }
+    return {n: torch.rand(k, dtype=torch.float64) for n, k in network.filters().items()}
 
 
 def obd(
-    model: Model,
-    data: Dataset,
-    batch_size: int,
-    cost: Cost | None = None,
-    seed: int = 0,
+    network: Network, data: Dataset, batch_size: int, cost: Cost | None = None, seed: int = 0
 ) -> Scores:
     """(1/2) sum w^2 diag(H), over a filter's weights and bias: the second-order loss change.
 
@@ -279,44 +230,37 @@ def obd(
 
     Source: LeCun, Denker, Solla 1990; Molchanov et al. 2017, section 2.2 and appendix.
     """
-    network = scorable(model, data)
-    loader, device = batches(data, batch_size), device_of(network.model)
+    loader, device = batches(data, batch_size), passes.device_of(network.model)
+    network = network.of(copy_of(network.model).eval())
     generator = torch.Generator().manual_seed(seed)
     totals = {name: torch.zeros(k, dtype=torch.float64) for name, k in network.filters().items()}
-    places = [(name, *found) for name in totals for found in _parameters(network, name)]
-    parameters = [parameter for _, parameter, *_ in places]
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_()
-        with torch.inference_mode(False), torch.enable_grad(), evaluation(network.model):
-            for images, labels in loader if places else ():
-                images, labels = on_device(images, device), on_device(labels, device)
-                loss = summed_loss(outputs_of(network.model, images), labels, cost)
-                signs = [
-                    (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
-                    for p in parameters
-                ]
-                with differentiable(loss):
-                    slopes = torch.autograd.grad(
-                        loss, parameters, create_graph=True, materialize_grads=True
-                    )
-                    curved = torch.autograd.grad(slopes, parameters, signs, materialize_grads=True)
-                for (name, p, owners, rows), v, hv in zip(places, signs, curved, strict=True):
-                    saliency = rows(p.detach().square() * v * hv).sum(1).cpu().double() / 2
-                    totals[name] = totals[name].index_add(0, owners, saliency)
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+    places = [
+        (name, part, parameter)
+        for name in totals
+        for layer, part in _makers(network, name)
+        for parameter in (layer.weight, layer.bias)
+        if parameter is not None
+    ]
+    parameters = [parameter.requires_grad_() for *_, parameter in places]  # what is frozen, too
+    with torch.inference_mode(False), torch.enable_grad():
+        for images, labels in loader if places else ():
+            images, labels = passes.on_device((images, labels), device)
+            loss = passes.summed_loss(passes.outputs_of(network.model, images), labels, cost)
+            signs = [
+                (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in parameters
+            ]
+            with passes.differentiable(loss):
+                slopes = torch.autograd.grad(
+                    loss, parameters, create_graph=True, materialize_grads=True
+                )
+                curved = torch.autograd.grad(slopes, parameters, signs, materialize_grads=True)
+            for (name, part, p), v, hv in zip(places, signs, curved, strict=True):
+                saliency = _rows(network, name, part, p.detach().square() * v * hv).sum(1)
+                totals[name] += saliency.cpu().double() / 2
     totals = summed(data, network.model, totals)
     return {layer: total / len(data) for layer, total in totals.items()}
 
 
-# These look at the weights, or at all examples at once; the others at one example and filter.
-WHOLE = (
-    *(taylor_abs_last, weight, activation_std, mutual_information, obd, random),
-    *(oracle, oracle_abs),
-)
 CRITERIA: dict[str, PerExample | Criterion] = {
     criterion.__name__: criterion
     for criterion in (
@@ -326,58 +270,48 @@ CRITERIA: dict[str, PerExample | Criterion] = {
     )
 }
 FORWARD_ONLY = (activation_mean, apoz)
+PER_EXAMPLE = (taylor, taylor_abs_first, taylor_squared, *FORWARD_ONLY)
+# The others look at the weights, or at all examples at once
+WHOLE = tuple(criterion for criterion in CRITERIA.values() if criterion not in PER_EXAMPLE)
 
 
-def find(criterion: str | PerExample) -> PerExample | Criterion:
-    """Return the criterion of that name, or the function given.
+def find(
+    criterion: str | PerExample, network: Network | None = None, cost: Cost | None = None
+) -> PerExample | Criterion:
+    """Return the criterion of that name, or the function given, if it can be used for ``network``.
 
-    Raises ``ValueError`` for an unknown name.
+    Raises ``ValueError`` for an unknown name, and ``TypeError`` if it needs a loss and the network
+    puts out probabilities.
     """
-    if callable(criterion):
-        if criterion not in WHOLE:
-            check_function("The criterion", criterion, "feature map", "gradient")
-        return criterion
-    if not isinstance(criterion, str) or criterion not in CRITERIA:
+    if not callable(criterion) and (not isinstance(criterion, str) or criterion not in CRITERIA):
         raise ValueError(
             f"There is no criterion {shown(criterion)}: use {', '.join(map(repr, CRITERIA))}, or a "
             "function of (feature map, gradient)."
         )
-    return CRITERIA[criterion]
-
-
-def score(
-    network: Network,
-    data: Dataset | None,
-    criterion: str | PerExample,
-    batch_size: int,
-    cost: Cost | None = None,
-) -> Scores:
-    """Return the scores by ``criterion``, on the CPU, in the weights' dtype, at least float32.
-
-    Raises as ``filter_scores`` does.
-    """
-    found = check(network, criterion, cost)
-    if not network.groups:
-        return {}
-    whole = found if found in WHOLE else over_examples(found)
-    scores = whole(network, data, batch_size, cost)
-    for name, values in scores.items():
-        dtype = network.layer(name).weight.dtype
-        scores[name] = values.to("cpu", torch.promote_types(dtype, torch.float32))
-    return gathered(data, network.model, scores)[0]  # random numbers too are then of one rank
-
-
-def check(
-    network: Network, criterion: str | PerExample, cost: Cost | None = None
-) -> PerExample | Criterion:
-    """Return the criterion, as ``find`` does, if it can be used for this network.
-
-    Raises ``TypeError`` if it needs a loss and the network puts out probabilities.
-    """
-    found = find(criterion)
-    if network.softmax and cost is None and found not in (weight, random):
+    found = criterion if callable(criterion) else CRITERIA[criterion]
+    if found not in WHOLE:
+        check_function("The criterion", found, "feature map", "gradient")
+    if network and network.softmax and cost is None and found not in (weight, random):
         raise TypeError(
             f"{network.softmax} is a softmax that puts out probabilities, but cross-entropy takes "
             "logits: leave it out of the network, or use nn.LogSoftmax."
         )
     return found
+
+
+def score(
+    network: Network, data: Dataset, criterion: str | PerExample, batch_size: int, cost: Cost | None
+) -> Scores:
+    """Return the scores by ``criterion``, on the CPU, in the weights' dtype, at least float32.
+
+    Raises as ``filter_scores`` does.
+    """
+    found = find(criterion, network, cost)
+    if not network.groups:
+        return {}
+    arguments = network, data, batch_size, cost
+    scores = found(*arguments) if found in WHOLE else over_examples(found, *arguments)
+    for name, values in scores.items():
+        dtype = network.layer(name).weight.dtype
+        scores[name] = values.to("cpu", torch.promote_types(dtype, torch.float32))
+    return gathered(data, network.model, scores)[0]  # random numbers too are then of one rank

@@ -8,19 +8,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cnn_pruning.experiments.data import batches, few_images
-from cnn_pruning.network.description import IN_OUTPUTS, ONE_MAP, Network, names_of
+from cnn_pruning.network import passes
+from cnn_pruning.network.description import IN_OUTPUTS, ONE_MAP, Network, is_inside, names_of
 from cnn_pruning.network.maps import Maps, Seen, on_feature_maps, side_by_side, with_gradient
-from cnn_pruning.network.passes import (
-    Cost,
-    Inputs,
-    device_of,
-    differentiable,
-    evaluation,
-    outputs_of,
-    pieces,
-    size_of,
-    summed_loss,
-)
+from cnn_pruning.network.passes import Cost, Inputs, size_of
 from cnn_pruning.network.reading import check_keep, only_exact, read
 
 # On a CPU, so many images go through at once that their feature maps have some 10 MiB: more leave
@@ -50,13 +41,13 @@ def scorable(
     def wanted(name: str) -> bool:
         return name not in kept and (linear or not isinstance(network.layer(name), nn.Linear))
 
-    units = not linear and any(not wanted(name) for name in network.groups if name not in kept)
+    units = any(isinstance(network.layer(name), nn.Linear) for name in network.groups)
     network = only_exact(network.only(wanted))
-    spared = tuple(f"{name}." for name in names_of(keep))
+    spared = names_of(keep)
     reasons = {
         name: why
         for name, why in network.left_out.items()
-        if wanted(name) and not f"{name}.".startswith(spared)
+        if wanted(name) and not any(is_inside(name, module) for module in spared)
     }
     if not network.groups and not kept:
         raise TypeError(
@@ -98,32 +89,28 @@ def feature_maps(
     """
     model, at_once = network.model, [FEWEST]
     unseen: set[str] = set()
-    for images, labels in pieces(batches(data, batch_size), device_of(model), lambda: at_once[0]):
+    loader = batches(data, batch_size)
+    for images, labels in passes.pieces(loader, passes.device_of(model), lambda: at_once[0]):
         found: list[Seen] = []
 
         def keep(seen: Seen, found: list[Seen] = found) -> Tensor | None:
-            after = None
-            if gradient:
-                seen.z, after = with_gradient(seen)
             found.append(seen)
-            return after
+            return with_gradient(seen) if gradient else None
 
         with torch.inference_mode(False), torch.set_grad_enabled(gradient):
-            with evaluation(model), on_feature_maps(network, keep):
-                outputs = outputs_of(model, images)
-            slopes = [None] * len(found)
+            with passes.evaluation(model), on_feature_maps(network, keep):
+                outputs = passes.outputs_of(model, images)
             if gradient and found:  # of the sum, so that each example has its own
-                loss = summed_loss(outputs, labels, cost)
-                with differentiable(loss):
+                loss = passes.summed_loss(outputs, labels, cost)
+                with passes.differentiable(loss):
                     maps = [seen.z for seen in found]
-                    slopes = list(torch.autograd.grad(loss, maps, allow_unused=True))
-                for i, seen in enumerate(found):
-                    if slopes[i] is None:
-                        slopes[i] = torch.zeros_like(seen.z)
-                        unseen |= seen.parts.keys()
+                    slopes = torch.autograd.grad(loss, maps, allow_unused=True)
+                for seen, slope in zip(found, slopes, strict=True):
+                    seen.slope = torch.zeros_like(seen.z) if slope is None else slope
+                    unseen |= seen.parts.keys() if slope is None else set()
         size = sum(seen.z.nbytes for seen in found) or 1
         at_once[0] = max(FEWEST, size_of(images) * BYTES // size)
-        yield labels, side_by_side(network, found, slopes, size_of(images))
+        yield labels, side_by_side(network, found, size_of(images))
     if unseen:  # in a part of the images, at least
         warnings.warn(
             f"The cost doesn't depend on {', '.join(sorted(unseen))}: these filters score 0.",

@@ -11,17 +11,9 @@ from torch.utils.data import Dataset
 
 from cnn_pruning import criteria
 from cnn_pruning.criteria import MeanOverExamples, PerExample
+from cnn_pruning.experiments import ranks, training
 from cnn_pruning.experiments.data import batches, epoch, few_images
 from cnn_pruning.experiments.progress import progress
-from cnn_pruning.experiments.ranks import gathered, in_parallel, make_same, seed_of_rank, summed
-from cnn_pruning.experiments.training import (
-    check_settings,
-    check_trainable,
-    evaluate,
-    in_training,
-    mixed_precision,
-    update,
-)
 from cnn_pruning.feature_maps import scorable
 from cnn_pruning.measure import Budget, count_macs, count_parameters
 from cnn_pruning.network.checks import check_function, integer
@@ -30,14 +22,7 @@ from cnn_pruning.network.maps import Seen, on_feature_maps, side_by_side, with_g
 from cnn_pruning.network.passes import Cost, Inputs, copy_of, size_of
 from cnn_pruning.network.reading import check_keep
 from cnn_pruning.network.removal import remove
-from cnn_pruning.scores import (
-    ByLayer,
-    Filters,
-    Scores,
-    normalize,
-    select_filters,
-    spare_filters,
-)
+from cnn_pruning.scores import ByLayer, Filters, Scores, normalize, select_filters, spare_filters
 
 Rescore = Callable[[nn.Module, Scores], Scores]
 """(network as it is now, its scores) to the scores that are compared."""
@@ -92,6 +77,9 @@ def prune_iteratively(
     what the network has. Yields a ``Step`` after every removal. ``model`` is never changed. If you
     stop early, the last step has a network that works; a last fine-tuning is left to you.
 
+    After a removal, the statistics that batch norms hold are those of another network. They are
+    taken anew from ``train``, by ``refresh_batch_norms``, before the step is evaluated.
+
     The updates are Adam's, as in ``fit``, on mini-batches of ``batch_size`` from ``train`` in an
     order that ``seed`` draws, at the constant rate ``lr``. After each removal the optimizer is a
     new one: trials showed no gain from keeping Adam's moments of the surviving weights.
@@ -118,13 +106,13 @@ def prune_iteratively(
     per_step = integer("per_step", per_step, 1)
     batch_size = integer("batch_size", batch_size, 1)
     updates = integer("updates", updates, 0)
-    _, lr, seed = check_settings(1, lr, seed)
+    _, lr, seed = training.check_settings(1, lr, seed)
     check_function("rescore", rescore, "network", "scores")
     criteria.find(criterion)
     check_keep(model, keep)
     network, images = scorable(model, train, linear=linear), few_images(train, 1)
     kept_whole = network.names_of(keep)
-    found = criteria.check(network, criterion, cost)
+    found = criteria.find(criterion, network, cost)
     on_the_way = found if updates and found not in criteria.WHOLE else None
     spare = spare_filters(network.filters(), min_filters, kept_whole, max_share)
     # What each layer keeps, in filters of the network that was handed in
@@ -132,14 +120,15 @@ def prune_iteratively(
     named = {"parameters": parameters, "macs": macs, "milliseconds": milliseconds}
     budget = Budget(network, images, filters=filters, **named)
     budget.check(remove(network, {name: list(range(count)) for name, count in spare.items()}))
-    loss, _ = evaluate(model, val, cost=cost)  # raises, if it must, before anything is trained
+    # What raises, if it must, does so before anything is trained
+    loss, _ = training.evaluate(model, val, cost=cost)
     if not math.isfinite(loss):
         raise ValueError(
             f"The loss on the validation images is {loss} from the start: check these images and "
             "the network's weights."
         )
     if updates:
-        check_trainable(model, train, batch_size)
+        training.check_trainable(model, train, batch_size)
 
     stream = _endless(train, batch_size, seed)
     widths = network.filters()
@@ -161,8 +150,10 @@ def prune_iteratively(
             rescored = scores if isinstance(scores, dict) else ()
             limits = {name: fewest for name, fewest in least.items() if name in rescored}
             chosen = network.checked(select_filters(scores, count, limits))
-            chosen = gathered(train, network.model, chosen)[0]  # whatever rescore does on each rank
+            # Those of one rank, whatever rescore does on each
+            chosen = ranks.gathered(train, network.model, chosen)[0]
             network = remove(network, chosen)
+            training.refresh_batch_norms(network.model, train)
             removed = {name: [kept[name][k] for k in chosen.get(name, [])] for name in kept}
             kept = {
                 name: [k for k in indices if k not in removed[name]]
@@ -170,24 +161,18 @@ def prune_iteratively(
             }
             for _ in range(count):
                 advance()
-            val_loss, val_accuracy = evaluate(network.model, val, cost=cost)
+            val_loss, val_accuracy = training.evaluate(network.model, val, cost=cost)
             yield Step(
                 network.model,
                 removed,
                 {name: list(indices) for name, indices in kept.items()},
                 {name: sorted({*range(k)} - {*kept[name]}) for name, k in widths.items()},
-                **_sizes(network, images),
+                filters=sum(network.filters().values()),
+                parameters=count_parameters(network.model),
+                macs=count_macs(network.model, images),
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
             )
-
-
-def _sizes(network: Network, images: Inputs) -> dict[str, int]:
-    return {
-        "filters": sum(network.filters().values()),
-        "parameters": count_parameters(network.model),
-        "macs": count_macs(network.model, images),
-    }
 
 
 def _endless(train: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -206,33 +191,32 @@ def _train(
     cost: Cost | None,
 ) -> Scores:
     """Train in place on the mini-batches of ``stream``; return scores from the same passes."""
-    precision = mixed_precision(network.model, train)
+    precision = training.mixed_precision(network.model, train)
     optimizer = torch.optim.Adam(network.model.parameters(), lr)
     mean = MeanOverExamples(per_example)
     found: list[Seen] = []
     total = 0.0
 
     def keep(seen: Seen) -> Tensor | None:
-        seen.z, after = with_gradient(seen)
-        seen.z.retain_grad()
         found.append(seen)
+        after = with_gradient(seen)
+        seen.z.retain_grad()
         return after
 
     watched = network if per_example else network.only(lambda name: False)
-    with in_training(network.model, seed_of_rank(seed, train)), on_feature_maps(watched, keep):
-        parallel = in_parallel(network.model, train)
+    seed = ranks.seed_of_rank(seed, train)
+    with training.in_training(network.model, seed), on_feature_maps(watched, keep):
+        parallel = ranks.in_parallel(network.model, train)
         for images, labels, divisor in stream:
-            total += update(parallel, optimizer, images, labels, divisor, precision, cost)
+            total += training.update(parallel, optimizer, images, labels, divisor, precision, cost)
             if per_example and divisor < math.inf:
-                slopes = []
                 for seen in found:  # the gradient of each example's own loss, not of the mean
                     slope = torch.zeros_like(seen.z) if seen.z.grad is None else seen.z.grad
-                    slopes.append(_exact(slope) * divisor)
-                    seen.z = _exact(seen.z)
-                mean.add(side_by_side(network, found, slopes, size_of(images)))
+                    seen.z, seen.slope = _exact(seen.z), _exact(slope) * divisor
+                mean.add(side_by_side(network, found, size_of(images)))
             found.clear()
-    make_same(network.model, train)
-    loss = summed(train, network.model, {"loss": float(total)})["loss"]
+    ranks.make_same(network.model, train)
+    loss = ranks.summed(train, network.model, {"loss": float(total)})["loss"]
     if not math.isfinite(loss):  # on every rank alike
         raise FloatingPointError(f"The loss is {loss}: use an lr lower than {lr}.")
     return mean.scores(network.model, train)

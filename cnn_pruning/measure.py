@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,10 +19,10 @@ from torchvision.ops import DeformConv2d
 
 from cnn_pruning.experiments.data import few_images
 from cnn_pruning.experiments.model import CNN
+from cnn_pruning.feature_maps import scorable
 from cnn_pruning.network.checks import integer, positive, shown
 from cnn_pruning.network.description import Network
 from cnn_pruning.network.passes import Inputs, device_of, evaluation, on_device, outputs_of
-from cnn_pruning.network.reading import only_exact, read
 from cnn_pruning.network.removal import remove
 
 
@@ -49,15 +49,14 @@ def count_macs(model: nn.Module, image_shape: tuple[int, ...] | Inputs | None = 
         def counted() -> int:
             return counter.get_total_flops() // 2
 
+        def before(*_: object) -> None:
+            more[0] += counted()
+
+        def after(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+            more[0] += _by_weights(layer, inputs, output) - counted()
+
         for layer in model.modules():
             if isinstance(layer, BY_WEIGHTS):
-
-                def before(*_: object) -> None:
-                    more[0] += counted()
-
-                def after(layer: nn.Module, inputs: tuple, output: object) -> None:
-                    more[0] += _by_weights(layer, inputs, output) - counted()
-
                 stack.callback(layer.register_forward_pre_hook(before).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
         stack.enter_context(evaluation(model))
@@ -71,7 +70,7 @@ def count_macs(model: nn.Module, image_shape: tuple[int, ...] | Inputs | None = 
 BY_WEIGHTS = (nn.RNNBase, nn.Bilinear, DeformConv2d)
 
 
-def _by_weights(layer: nn.Module, inputs: tuple, output: object) -> int:
+def _by_weights(layer: nn.Module, inputs: tuple, output: Tensor) -> int:
     if isinstance(layer, nn.RNNBase):
         steps = inputs[0].numel() // inputs[0].shape[-1]
         return steps * sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
@@ -88,39 +87,39 @@ def filter_costs(
     ``group`` is its name in ``filter_scores``, ``layers`` those whose channels go with it,
     ``filters`` how many there are and ``channels`` how many channels of the first layer;
     ``parameters`` and ``macs`` are what the network loses with one filter, as it is now. The last
-    two change as others go. ``data`` and ``linear`` are as in ``filter_scores``; a Sequential is
-    read without ``data``, and its multiply-adds are 0 then, unless it is a ``CNN``.
+    two change as others go. ``data`` and ``linear`` are as in ``filter_scores``, and so is what is
+    left out; a Sequential is read without ``data``, and its multiply-adds are 0 then, unless it is
+    a ``CNN``.
     """
+    network, rows = scorable(model, data, linear=linear), []
     images = None if data is None else few_images(data, 2)
-    network, rows = only_exact(read(model, images)), []
 
-    def size(model: nn.Module) -> tuple[int, int]:
-        known = images is not None or isinstance(model, CNN)
-        return count_parameters(model), count_macs(model, images) if known else 0
+    def size(network: Network) -> tuple[int, int]:
+        known = images is not None or isinstance(network.model, CNN)
+        macs = count_macs(network.model, images) if known else 0
+        return count_parameters(network.model), macs
 
-    whole = size(network.model)
+    whole = size(network)
     for name, group in network.groups.items():
-        if linear or not isinstance(network.layer(name), nn.Linear):
-            loses = group.filters > 1
-            small = size(remove(network, {name: [0]}).model) if loses else whole
-            rows.append(
-                {
-                    "group": name,
-                    "layers": [part.name for part in group.side("out")],
-                    "filters": group.filters,
-                    "channels": group.channels(),
-                    "parameters": whole[0] - small[0],
-                    "macs": whole[1] - small[1],
-                }
-            )
+        small = size(remove(network, {name: [0]})) if group.filters > 1 else whole
+        rows.append(
+            {
+                "group": name,
+                "layers": [part.name for part in group.side("out")],
+                "filters": group.filters,
+                "channels": group.channels(),
+                "parameters": whole[0] - small[0],
+                "macs": whole[1] - small[1],
+            }
+        )
     return rows
 
 
 class Budget:
     """At most so many ``filters``, ``macs``, ``parameters`` or ``milliseconds`` (for one image).
 
-    Of MACs and parameters, a number below 1 is a share of what ``network`` has. ``images`` are
-    what a network takes. Raises ``ValueError`` unless one is named, as a positive number.
+    Of MACs and parameters, a number below 1, or 1.0, is a share of what ``network`` has. ``images``
+    are what a network takes. Raises ``ValueError`` unless one is named, as a positive number.
     """
 
     def __init__(self, network: Network, images: Inputs, **named: float | None) -> None:
@@ -139,9 +138,10 @@ class Budget:
             )
         ((self.name, value),) = named.items()
         self.size = sizes[self.name]
-        self.most = integer("filters", value, 1) if self.name == "filters" else value
-        self.most = positive(self.name, self.most)
-        if self.most < 1 and self.name in ("macs", "parameters"):
+        whole = self.name == "filters"
+        self.most = integer(self.name, value, 1) if whole else positive(self.name, value)
+        share = self.most < 1 or (self.most == 1 and isinstance(value, float))
+        if share and self.name in ("macs", "parameters"):
             self.most *= self.size(network)
 
     def holds(self, network: Network) -> bool:
@@ -175,11 +175,9 @@ def latency(
         images = [_images(model, batch_size, image_shape) for model in models]
         networks = [copy.deepcopy(model).eval() for model in models]
         times: list[list[float]] = [[] for _ in models]
-        for network, batch in zip(networks, images, strict=True):
-            outputs_of(network, batch)  # raises, if it must, in a sentence
         turns = list(zip(networks, images, times, strict=True))
         shuffle = random.Random(0).shuffle
-        for _ in range(4 + repeats):  # and one pass before
+        for _ in range(5 + repeats):
             shuffle(turns)
             for network, batch, row in turns:
                 start = time.perf_counter()
@@ -187,7 +185,7 @@ def latency(
                 if (device := device_of(network)).type == "cuda":
                     torch.cuda.synchronize(device)
                 row.append(1000 * (time.perf_counter() - start))
-    quartiles = [statistics.quantiles(row[4:], n=4, method="inclusive") for row in times]
+    quartiles = [statistics.quantiles(row[5:], n=4, method="inclusive") for row in times]
     return [(median, first, third) for first, median, third in quartiles]
 
 
@@ -225,7 +223,7 @@ def _images(
     if image_shape is None and isinstance(model, CNN):
         image_shape = model.IMAGE_SHAPE
     leaves = tree_leaves(image_shape)
-    if leaves and all(isinstance(x, torch.Tensor) and x.dim() > 1 for x in leaves):
+    if leaves and all(isinstance(x, Tensor) and x.dim() > 1 for x in leaves):
         batch = tree_map(lambda x: x[:1].expand(batch_size, *x.shape[1:]), image_shape)
         return on_device(batch, device_of(model))
     if not isinstance(image_shape, tuple | list):

@@ -1,5 +1,7 @@
 """The truth that the criteria estimate: what removing each filter does to the loss."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -7,16 +9,10 @@ from torch.utils.data import Dataset
 from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.ranks import summed
 from cnn_pruning.feature_maps import scorable
+from cnn_pruning.network import passes
 from cnn_pruning.network.description import Network
 from cnn_pruning.network.maps import on_feature_maps, zero
-from cnn_pruning.network.passes import (
-    Cost,
-    device_of,
-    evaluation,
-    outputs_of,
-    pieces,
-    summed_loss,
-)
+from cnn_pruning.network.passes import Cost, Inputs, outputs_of, summed_loss
 from cnn_pruning.scores import Scores
 
 
@@ -39,17 +35,19 @@ def oracle(
     Source: Molchanov et al. 2017, section 2.2, "Oracle pruning".
     """
     network = scorable(model, data)
-    model, device = network.model, device_of(network.model)
+    model, device = network.model, passes.device_of(network.model)
     change = {name: torch.zeros(k, dtype=torch.float64) for name, k in network.filters().items()}
-    with evaluation(model):
-        for images, labels in pieces(batches(data, batch_size), device):
-            outputs, last = _outputs_and_last(network, images)
+    with passes.evaluation(model):
+        for images, labels in passes.pieces(batches(data, batch_size), device):
+            outputs, last, x = _outputs_and_last(model, images)
             base = summed_loss(outputs, labels, cost).cpu().double()
-            for name, filters in network.filters().items():
-                parts = last.get(name)
-                for k in range(filters):
-                    if parts is not None:
-                        masked = outputs - parts(k)
+            for name, group in network.groups.items():
+                takers = group.side("in")
+                alone = [network.layer(part.name) for part in takers] == [last]
+                for k in range(group.filters):
+                    if alone:
+                        columns = takers[0].channels[takers[0].owners == k].to(device)
+                        masked = outputs - x[:, columns] @ last.weight[:, columns].T
                     else:
                         with on_feature_maps(network.only({name}.__contains__), zero({name: [k]})):
                             masked = outputs_of(model, images)
@@ -68,34 +66,19 @@ def oracle_abs(
     return {layer: v.abs() for layer, v in oracle(model, data, batch_size, cost).items()}
 
 
-def _outputs_and_last(network: Network, images: Tensor):
-    """The outputs, and for each group that only a last linear layer takes, its filters' parts."""
-    taken: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-    last = {}
-    for name, group in network.groups.items():
-        takers = group.side("in")
-        layer = network.layer(takers[0].name)
-        if len(takers) == 1 and isinstance(layer, nn.Linear):
-            last[name] = takers[0]
+def _outputs_and_last(
+    model: nn.Module, images: Inputs
+) -> tuple[object, nn.Linear | None, Tensor | None]:
+    """The outputs, and the linear layer that puts them out, with its input, if there is one."""
+    seen = []
 
-            def keep(_: nn.Module, inputs: tuple, output: Tensor, name: str = name) -> None:
-                taken[name] = inputs[0], output
+    def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        seen.append((output, layer, *inputs))
 
-            handles.append(layer.register_forward_hook(keep))
-    try:
-        outputs = outputs_of(network.model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {}
-    for name, (x, output) in taken.items():
-        if output is outputs and x.dim() == 2:
-            weight, part = network.layer(last[name].name).weight, last[name]
-
-            def of(k: int, x: Tensor = x, weight: Tensor = weight, part=part) -> Tensor:
-                columns = part.channels[part.owners == k].to(x.device)
-                return x[:, columns] @ weight[:, columns].T
-
-            found[name] = of
-    return outputs, found
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if type(layer) is nn.Linear:
+                stack.callback(layer.register_forward_hook(keep).remove)
+        outputs = outputs_of(model, images)
+    last = [(layer, x) for output, layer, x in seen if output is outputs and x.dim() == 2]
+    return outputs, *(last or [(None, None)])[0]

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -16,7 +17,7 @@ from cnn_pruning.measure import Budget
 from cnn_pruning.network.description import Network, names_of
 from cnn_pruning.network.maps import on_feature_maps, zero
 from cnn_pruning.network.passes import Cost, Inputs
-from cnn_pruning.network.reading import NeedsImages, check_keep, exact_removal, read
+from cnn_pruning.network.reading import UnknownLayer, check_keep, exact_removal, read
 from cnn_pruning.network.removal import remove
 from cnn_pruning.scores import ByLayer, Filters, Scores, by_layer, select_filters, spare_filters
 from cnn_pruning.scores import normalize as normalized
@@ -41,11 +42,11 @@ def filter_scores(
     With ``linear``, the hidden units of linear layers are scored, too.
 
     ``criterion`` is a name in ``criteria.CRITERIA`` ("taylor", "weight", "oracle_abs", "random" and
-    others), or a function of (feature map, gradient), both
-    (N, filters, values), that returns (N, filters): its mean over all examples is the score. The
-    feature map has the values of all maps of a filter, side by side, as they were before pooling.
-    ``data`` is any dataset of (image, label), or of ((image, vector), label) for a network of
-    several inputs. A function, and ``"taylor"``, take one forward and one backward pass over it.
+    others), or a function of (feature map, gradient), both (N, filters, values), that returns
+    (N, filters): its mean over all examples is the score. The feature map has the values of all
+    maps of a filter, side by side, as they were before pooling. ``data`` is any dataset of
+    (image, label), or of ((image, vector), label) for a network of several inputs. A function, and
+    ``"taylor"``, take one forward and one backward pass over it.
 
     The gradient is that of each example's own cross-entropy: the network returns logits
     (N, classes), and the labels are integers. With ``cost``, a function of (outputs, labels) that
@@ -59,10 +60,9 @@ def filter_scores(
     filters can go exactly. Those that can't are left out, with a warning that names them and says
     why; so are filters of the layers in ``keep``, and those that put out the network's own outputs.
 
-    In a distributed program too, each process scores by itself on the ``data`` that it hands in,
-    and nothing is exchanged. To score together, every rank calls this with ``ranks.divide(data)``
-    if each has all of the data, or with ``ranks.pool(part)`` if each has a part of its own; all of
-    them return the scores on all of the data.
+    In a distributed program too, each process scores by itself and exchanges nothing, unless its
+    ``data`` come from ``ranks.divide`` or ``ranks.pool``. Then all ranks call this, and all of them
+    return the scores on all of the data.
 
     Raises ``TypeError`` if no filter can go, ``ValueError`` for an unknown criterion or layer, an
     empty dataset, data that the network can't take, or outputs that are probabilities (a
@@ -115,6 +115,7 @@ def _read(model: nn.Module, data: Dataset | Inputs | None) -> Network:
     return read(model, None if data is None else few_images(data))
 
 
+@dataclass(eq=False, repr=False)
 class TaylorPruner:
     """Scores the filters of ``model``, selects the lowest over all layers, and removes them.
 
@@ -133,33 +134,24 @@ class TaylorPruner:
     Source: Molchanov et al. 2017, section 2; removal here is in one shot.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: str | PerExample = "taylor",
-        normalize: bool = True,
-        min_filters: ByLayer = 1,
-        keep: Collection[str] = (),
-        cost: Cost | None = None,
-        max_share: float = 1.0,
-        multiple_of: ByLayer = 1,
-        linear: bool = False,
-    ) -> None:
-        criteria.find(criterion)
-        check_keep(model, keep)
-        self.model = model
-        self.criterion = criterion
-        self.normalize = normalize
-        self.min_filters = min_filters
-        self.keep = names_of(keep)
-        self.cost = cost
-        self.max_share = max_share
-        self.multiple_of = multiple_of
-        self.linear = linear
-        self.scores: Scores | None = None
+    model: nn.Module
+    criterion: str | PerExample = "taylor"
+    normalize: bool = True
+    min_filters: ByLayer = 1
+    keep: Collection[str] = ()
+    cost: Cost | None = None
+    max_share: float = 1.0
+    multiple_of: ByLayer = 1
+    linear: bool = False
+    scores: Scores | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        criteria.find(self.criterion)
+        check_keep(self.model, self.keep)
+        self.keep = names_of(self.keep)
         try:
-            self._check(read(model))
-        except NeedsImages:
+            self._check(read(self.model))
+        except UnknownLayer:  # it is read from images, by ``score``
             pass
 
     def score(self, data: Dataset, batch_size: int = 128) -> Scores:
@@ -174,7 +166,7 @@ class TaylorPruner:
         return self.scores
 
     def _check(self, network: Network) -> None:
-        criteria.check(network, self.criterion, self.cost)
+        criteria.find(self.criterion, network, self.cost)
         self._spare(network)
         by_layer("multiple_of", self.multiple_of, network.filters())
 
@@ -187,7 +179,7 @@ class TaylorPruner:
 
         Or as few as it takes for one of these to be at most what is given, in the pruned network:
         ``macs``, ``parameters``, ``filters`` or ``milliseconds`` (of one image, measured here). Of
-        the first two, a number below 1 is a share of what the network has now.
+        the first two, a number below 1, or 1.0, is a share of what the network has now.
 
         Raises ``RuntimeError`` before ``score``, ``ValueError`` for a budget that can't be reached,
         and as ``select_filters`` does.
@@ -206,25 +198,24 @@ class TaylorPruner:
                 compared, count, self.min_filters, kept, self.max_share, multiples
             )
 
-        if not budget and n is None:
-            raise ValueError("Name the number of filters or a budget, such as macs=0.5.")
-        if not budget:
-            return lowest(n)
-        if n is not None:
-            raise ValueError("Name the number of filters or a budget, not both.")
-        wanted = Budget(self.network, self.images, **budget)
-        most = sum(self._spare(self.network).values())
-        wanted.check(remove(self.network, lowest(most)))
+        if (n is None) != bool(budget):
+            raise ValueError(
+                "Name the number of filters or a budget, not both: 7, for example, or macs=0.5."
+            )
+        if budget:
+            wanted = Budget(self.network, self.images, **budget)
+            n = sum(self._spare(self.network).values())
+            wanted.check(remove(self.network, lowest(n)))
 
-        def small_enough(count: int) -> bool:
-            return wanted.holds(remove(self.network, lowest(count)))
+            def small_enough(count: int) -> bool:
+                return wanted.holds(remove(self.network, lowest(count)))
 
-        return lowest(bisect_left(range(most), True, key=small_enough))
+            n = bisect_left(range(n), True, key=small_enough)
+        return lowest(n)
 
     def prune(self, n: int | None = None, **budget: float) -> nn.Module:
         """Return a new network without the filters that ``select`` names.
 
         Raises as ``select`` does.
         """
-        filters = self.select(n, **budget)
-        return exact_removal(self.network, filters).model
+        return exact_removal(self.network, self.select(n, **budget)).model

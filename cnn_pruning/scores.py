@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from cnn_pruning.network.checks import integer, shown
+from cnn_pruning.network.checks import integer, kind_of, shown
 from cnn_pruning.network.description import Filters, names_of
 
 Scores = dict[str, Tensor]
@@ -71,17 +71,15 @@ def select_filters(
     spare = spare_filters(widths, min_filters, keep, max_share)
     multiples = by_layer("multiple_of", multiple_of, widths)
     most = sum(spare.values())
-    room = ", ".join(f"{count} of {layer}" for layer, count in spare.items())
     try:
-        left = integer("n", n, 0)
+        left = integer("n", n, 0, most)
     except ValueError:
-        left = most + 1
-    if left > most:
         limits = f"min_filters={min_filters}" + f" and max_share={max_share}" * (max_share < 1)
+        room = ", ".join(f"{count} of {layer}" for layer, count in spare.items())
         raise ValueError(
             f"Can't remove {shown(n)} filters: with {limits} it must be an integer from 0 to "
             f"{most} ({room or 'there are no layers'})."
-        )
+        ) from None
     ranking = sorted(  # stable, so ties stay in the order of the layers
         ((value, layer, k) for layer in scores for k, value in enumerate(scores[layer].tolist())),
         key=lambda entry: entry[0],
@@ -110,10 +108,9 @@ def spare_filters(
     name that isn't a layer, and ``TypeError`` if ``keep`` doesn't hold names.
     """
     least = by_layer("min_filters", min_filters, widths)
-    if isinstance(max_share, bool) or not isinstance(max_share, int | float):
+    number = isinstance(max_share, int | float) and not isinstance(max_share, bool)
+    if not number or not 0 <= max_share <= 1:
         raise ValueError(f"max_share must be from 0 to 1, but it is {shown(max_share)}.")
-    if not 0 <= max_share <= 1:
-        raise ValueError(f"max_share must be from 0 to 1, but it is {max_share}.")
     kept = names_of(keep)
     _check_layers("keep", kept, widths)
     return {
@@ -149,11 +146,9 @@ def _checked(scores: Scores) -> Scores:
     for layer, values in scores.items():
         plain = isinstance(values, Tensor) and values.layout == torch.strided
         if not plain or values.dim() != 1 or values.is_meta or values.dtype not in _NUMBERS:
-            kind = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else ""
             raise TypeError(
-                f"The scores of {layer} must be a tensor of numbers (filters,), but they are a "
-                f"{type(values).__name__} {kind}".rstrip()
-                + "."
+                f"The scores of {layer} must be a tensor of numbers (filters,), but they are "
+                f"{kind_of(values)}."
             )
         if not len(values):
             raise ValueError(f"{layer} has no scores: a layer has at least one filter.")

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from cnn_pruning import CNN, evaluate, filter_scores, normalize, remove_filters
 from cnn_pruning.criteria import CRITERIA, obd, taylor
+from cnn_pruning.feature_maps import scorable
 from cnn_pruning.oracle import oracle
 
 # Everything is float64, so assert_close's own tolerances (1e-7 relative) leave room for rounding
@@ -469,7 +470,8 @@ def test_obd_is_half_the_squared_parameters_times_the_diagonal_of_the_hessian():
         "0": weight0.reshape(2, -1).sum(1) + bias0,
         "2": weight2.reshape(2, -1).sum(1),
     }
-    draws = [obd(model, data, 4, seed=seed) for seed in range(400)]
+    network = scorable(model, data)
+    draws = [obd(network, data, 4, seed=seed) for seed in range(400)]
     for name, expected in exact.items():
         estimates = torch.stack([draw[name] for draw in draws])
         error = estimates.std(0) / len(draws) ** 0.5
@@ -482,7 +484,7 @@ def test_obd_counts_the_bias_that_leaves_with_a_filter():
     model, data = small_smooth_network()
     with torch.no_grad():
         model[0].weight.zero_()
-    assert (obd(model, data, 4)["0"] != 0).all()
+    assert (filter_scores(model, data, "obd", batch_size=4)["0"] != 0).all()
 
 
 def test_obd_is_the_same_each_time_and_leaves_nothing_behind():

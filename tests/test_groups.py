@@ -475,11 +475,13 @@ def test_layers_that_share_a_weight_are_left_out():
 @pytest.mark.parametrize(
     "filters, message",
     [
-        ({"b.0": [0]}, "'b.0' is not a layer whose filters can go: those are 'stem.0', 'a.0'"),
-        ({"last": [0]}, "'last' is not a layer whose filters can go"),
+        ({"b.0": [0]}, r"^b\.0 goes with stem\.0: name filters of stem\.0\."),
+        ({"b": [0]}, "'b' is not a layer whose filters can go: those are 'stem.0', 'a.0'"),
+        ({"last": [0]}, r"^last goes with d\.0"),
         ({"a.0": [9]}, r"a.0 has filters 0 to 2, but \[9\] were named"),
         ({"a.0": [0, 0]}, "a.0 has a filter named twice"),
         ({"a.0": [0.5]}, "a.0 must be a list of integers"),
+        ({"a.0": torch.tensor([True, False, False])}, r"\]: of a mask, take nonzero\(\)\.flatten"),
         ({"a.0": range(3)}, "a.0 would lose all of its 3 filters: leave at least one"),
     ],
 )

@@ -57,13 +57,64 @@ def test_without_updates_it_is_scoring_again_after_each_removal(seed):
     for step in prune_iteratively(net.model, data, data, filters=target, updates=0):
         scores = filter_scores(expected, data)
         expected = remove_filters(expected, select_filters(normalize(scores), 1), data)
-        assert_same(dict(step.model.state_dict()), dict(expected.state_dict()))
+        refreshed_by_hand(expected, data.tensors[0])
+        assert_close(dict(step.model.state_dict()), dict(expected.state_dict()))
         for layer, filters in step.removed.items():
             removed[layer] += filters
-        # Indices are the original network's: masking them there gives the same logits.
+        # Indices are the original network's: with its statistics of batch norm, masking them there
+        # gives the same logits.
         images = data.tensors[0]
+        again = remove_filters(net.model, step.gone, data)
+        assert_same(dict(again.named_parameters()), dict(step.model.named_parameters()))
         with torch.no_grad(), mask_filters(net.model, removed, images):
-            torch.testing.assert_close(step.model(images), net.model(images))
+            torch.testing.assert_close(again(images), net.model(images))
+
+
+def refreshed_by_hand(model, images):
+    """Take the statistics of batch norms from one pass of all images, in place."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        model(images)
+    for norm in norms:
+        norm.eval().momentum = 0.1
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_after_a_removal_batch_norms_have_the_statistics_of_the_pruned_network(updates):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Dropout(0.5)]
+    layers += [nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)]
+    model = nn.Sequential(*layers).double()
+    model[5].eval()
+    data = TensorDataset(torch.randn(9, 1, 8, 8).double() + 1, torch.arange(9) % 3)
+    before = state_of(model)
+    options = {"filters": 5, "updates": updates, "batch_size": 3, "lr": 0.01}
+    for step in prune_iteratively(model, data, data, **options):
+        expected = copy.deepcopy(step.model).eval()
+        for norm in (expected[1], expected[5]):
+            norm.running_mean.fill_(9)
+        refreshed_by_hand(expected, data.tensors[0])
+        for i in (1, 5):
+            assert_close(step.model[i].running_mean, expected[i].running_mean)
+            assert_close(step.model[i].running_var, expected[i].running_var)
+        assert step.val_loss == pytest.approx(evaluate(step.model, data)[0])
+        flags = [m.training for m in step.model.modules()]
+        assert flags == before["training"] and not flags[6]
+        assert [step.model[i].momentum for i in (1, 5)] == [0.3, 0.1]
+    assert_same(state_of(model), before)
+
+
+def test_frozen_batch_norms_keep_their_statistics_through_all_steps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    model[1].eval().requires_grad_(False)
+    model[1].running_mean.normal_()
+    data = TensorDataset(torch.randn(9, 1, 8, 8), torch.arange(9) % 3)
+    for step in prune_iteratively(model, data, data, filters=2, updates=1, batch_size=3):
+        assert_same(step.model[1].running_mean, model[1].running_mean[step.kept["0"]])
 
 
 @pytest.mark.parametrize("options", [{}, {"updates": 0}, {"criterion": "oracle_abs"}])

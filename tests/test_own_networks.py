@@ -157,8 +157,8 @@ class Returns(nn.Module):
     [
         (lambda y: (y, y), "returned a tuple"),
         (lambda y: {"logits": y}, "returned a dict"),
-        (lambda y: y[:, :, None, None], r"returned \(12, 3, 1, 1\)"),
-        (lambda y: y[:, 0], r"returned \(12,\)"),
+        (lambda y: y[:, :, None, None], r"returned float32 \(12, 3, 1, 1\)"),
+        (lambda y: y[:, 0], r"returned float32 \(12,\)"),
         (lambda y: y.softmax(1), "probabilities"),
     ],
 )

@@ -5,7 +5,7 @@ import numbers
 import operator
 import textwrap
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_module(model: nn.Module) -> None:
@@ -56,6 +56,13 @@ def positive(name: str, value: object) -> float:
 def shown(value: object) -> str:
     """``value`` as it is shown in an error: on one line, and not too long."""
     return textwrap.shorten(repr(value), 100, placeholder=" ...")
+
+
+def kind_of(value: object) -> str:
+    """What ``value`` is, as it is said in an error: float32 (12, 3), or a list."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
 
 
 def first_line(error: Exception) -> str:

@@ -32,6 +32,9 @@ class Part:
     axis: int = 0
     """Where the channels are, in a parameter that isn't a layer's."""
 
+    def place(self) -> tuple[str, str, int]:
+        return self.name, self.side, self.axis
+
 
 @dataclass(frozen=True)
 class Group:
@@ -87,33 +90,25 @@ class Network:
         """The same network with fewer of its groups."""
         return replace(self, groups={n: group for n, group in self.groups.items() if wanted(n)})
 
-    def layer(self, name: str) -> nn.Module | None:
-        """The layer of that name; None if it is the name of a parameter."""
-        try:
-            return self.model.get_submodule(name)
-        except AttributeError:
-            return None
+    def layer(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
 
-    def names_of(self, keep: Collection[str] | str) -> list[str]:
+    def names_of(self, keep: Collection[str] | str) -> set[str]:
         """Return the groups of which ``keep`` names a layer, or a module that a layer is in.
 
         Raises ``ValueError`` for a name that has no filters.
         """
         found = set()
         for kept in names_of(keep):
-
-            def inside(layer: str, kept: str = kept) -> bool:
-                return f"{layer}.".startswith(f"{kept}.")
-
             names = {
                 name
                 for name, group in self.groups.items()
-                if any(inside(part.name) for part in group.side("out"))
+                if any(is_inside(part.name, kept) for part in group.side("out"))
             }
-            if not names and not any(map(inside, self.left_out)):
+            if not names and not any(is_inside(name, kept) for name in self.left_out):
                 raise ValueError(f"keep names {kept}, which has no filters that could go.")
             found |= names
-        return [name for name in self.groups if name in found]
+        return found
 
     def checked(self, filters: Mapping[str, Iterable[int]]) -> Filters:
         """``filters`` as sorted lists of integers, or a ``ValueError`` that says what is wrong.
@@ -130,6 +125,9 @@ class Network:
             if layer in self.left_out:
                 raise TypeError(f"{layer} can't lose filters: {self.left_out[layer]}.")
             if layer not in widths:
+                for name, group in self.groups.items():
+                    if any(part.name == layer for part in group.side("out")):
+                        raise ValueError(f"{layer} goes with {name}: name filters of {name}.")
                 raise ValueError(
                     f"{shown(layer)} is not a layer whose filters can go: those are "
                     f"{', '.join(map(repr, widths)) or 'none'}."
@@ -140,9 +138,11 @@ class Network:
                 indices = list(islice(indices, widths[layer] + 1))
                 checked[layer] = sorted(index(k) for k in indices)
             except TypeError:
+                said = shown(indices)
+                mask = "True" in said or "False" in said
                 raise ValueError(
-                    f"The filters of {layer} must be a list of integers, but they are "
-                    f"{shown(indices)}."
+                    f"The filters of {layer} must be a list of integers, but they are {said}"
+                    + (": of a mask, take nonzero().flatten()." if mask else ".")
                 ) from None
             last = widths[layer] - 1
             wrong = [k for k in checked[layer] if not 0 <= k <= last]
@@ -151,6 +151,11 @@ class Network:
             if len(set(checked[layer])) < len(checked[layer]):
                 raise ValueError(f"{layer} has a filter named twice in {shown(checked[layer])}.")
         return checked
+
+
+def is_inside(layer: str, module: str) -> bool:
+    """Whether the name ``layer`` is that of ``module``, or of a layer in it."""
+    return f"{layer}.".startswith(f"{module}.")
 
 
 def names_of(keep: Collection[str] | str) -> list[str]:

@@ -38,8 +38,6 @@ HARMLESS = set(
     upsample_nearest2d upsample_bilinear2d constant_pad_nd squeeze unsqueeze native_dropout
     bernoulli native_batch_norm cudnn_batch_norm t alias""".split()
 )
-
-
 BY_VALUE = ("__bool__", "__int__", "__float__", "item", "nonzero", "nms", "masked_select")
 
 
@@ -66,12 +64,12 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
                 f"In training, {name} takes what {trained[name]} puts out, but in evaluation what "
                 f"{maker} does: only dropout and batch norm may differ."
             )
-    graph = _graph(traced, images, both=bool(trained.keys() - evaluated.keys()))
-    reader = _Reader(traced, graph)
+    in_training = trained.keys() - evaluated.keys()
+    reader = _Reader(traced, _graph(traced, images, both=bool(in_training)))
     groups, seen = {}, set()
     left_out = {
         name: "it is used in training alone"
-        for name in trained.keys() - evaluated.keys()
+        for name in in_training
         if isinstance(traced.get_submodule(name), CONV)
     }
     for name in evaluated:
@@ -170,13 +168,11 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
         if not isinstance(layer, CONV | nn.Linear | NORMS)
     }
     inputs = [x.clone() for x in tree_leaves(images)]
-    first = [
-        _Images(x.shape[1], affine=False)
-        if x.is_floating_point() and x.dim() > 1
-        else nn.Identity()
-        for x in inputs
-    ]
-    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    first = []
+    for x in inputs:
+        channels = x.is_floating_point() and x.dim() > 1
+        first.append(_Images(x.shape[1], affine=False) if channels else nn.Identity())
+        x.requires_grad_(x.is_floating_point())
 
     def forward(whole: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         found = []
@@ -203,11 +199,6 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
             if not hasattr(graph, "module2node"):
                 name = type(traced).__name__
                 raise TypeError(f"{name} can't be read ({first_line(error)}).") from error
-    if any("checkpoint" in _named(node) for node in graph.module2node.values()):
-        raise TypeError(
-            f"{type(traced).__name__} uses gradient checkpointing with use_reentrant=True, behind "
-            "which nothing can be read: switch it off."
-        )
     return graph
 
 
@@ -284,11 +275,19 @@ class _Reader:
             return k
 
         found: dict[tuple, dict[int, int]] = {}
+
+        def mixed(node) -> _Obstacle:
+            for operation, _ in found:  # it may be one of several that a GRU, say, consists of
+                for source in operation.inputs:
+                    if isinstance(source.module, nn.Parameter):
+                        self._check(source)
+            return _Obstacle(f"{_named(node)} mixes them")
+
         stack = [(root, "out", [_HybridIndex(idx=k, root_idx=k) for k in range(size)])]
         while stack:
             node, side, pairs = stack.pop()
             if isinstance(node.module, CONV | nn.Linear) and side == "out":
-                there = self._size(node, side)
+                there = getattr(node.module, size_name(node.module, side))
                 if size == 1 < there and not is_depthwise(node.module):
                     raise _Obstacle(ONE_MAP)
                 if there == 1 < size:
@@ -304,7 +303,7 @@ class _Reader:
                         known[channel] = pair.root_idx
                         new.append(_HybridIndex(idx=channel, root_idx=pair.root_idx))
             if len(known) > self.most:
-                raise _Obstacle(f"{_named(node)} mixes them")
+                raise mixed(node)
             pruner = self.graph.get_pruner_of_module(node.module)
             trigger = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
             for dependency in node.dependencies if new else ():
@@ -314,7 +313,7 @@ class _Reader:
                         for mapping in filter(None, dependency.index_mapping):
                             pairs = mapping(pairs)
                     except IndexError:
-                        raise _Obstacle(f"{_named(node)} mixes them") from None
+                        raise mixed(node) from None
                     if pairs:
                         out = self.graph.is_out_channel_pruning_fn(dependency.handler)
                         stack.append((dependency.target, "out" if out else "in", pairs))
@@ -347,17 +346,14 @@ class _Reader:
 
     def _part(self, node, side: str, channels: Tensor, owners: Tensor) -> Part | None:
         """The part of a group that a layer or parameter is, None if these can't be its channels."""
-        if channels[-1] >= self._size(node, side):
-            return None
-        own = isinstance(node.module, nn.Parameter)
-        place = ("", channels, owners, node.pruning_dim) if own else (side, channels, owners)
-        return Part(self.names[node.module], *place)
-
-    def _size(self, node, side: str) -> int:
-        layer = node.module
+        layer, name = node.module, self.names[node.module]
         if isinstance(layer, nn.Parameter):
-            return layer.shape[node.pruning_dim]
-        return getattr(layer, size_name(layer, side), 0)
+            size = layer.shape[node.pruning_dim]
+            part = Part(name, "", channels, owners, node.pruning_dim)
+        else:
+            size = getattr(layer, size_name(layer, side), 0)
+            part = Part(name, side, channels, owners)
+        return part if channels[-1] < size else None
 
 
 def _tied(layer: object, side: str, channel: int) -> Iterable[int]:

@@ -9,9 +9,9 @@ that takes the map, so that zero stays zero.
 A map is what was there before any pooling or flattening on the way to that layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,28 +39,28 @@ class Seen:
     z: Tensor
     axis: int
     parts: dict[str, Part]
+    slope: Tensor | None = None
+    """The gradient of the loss there."""
 
 
 Act = Callable[[Seen], Tensor | None]
 """What to do with a map; what it returns takes the map's place."""
 
 
-def side_by_side(
-    network: Network, found: list[Seen], gradients: Sequence[Tensor | None], examples: int
-) -> Maps:
+def side_by_side(network: Network, found: list[Seen], examples: int) -> Maps:
     """All maps of each group, and their gradients, as (N, K, M), without their history.
 
     Raises ``TypeError`` unless each group was seen, with one map for each example.
     """
     rows: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in network.groups}
-    for seen, slope in zip(found, gradients, strict=True):
+    for seen in found:
         for name, part in seen.parts.items():
             if len(seen.z) != examples:
                 raise TypeError(
                     f"{name} puts out {len(seen.z)} feature maps for {examples} examples: hand in "
                     "data of one image for each example."
                 )
-            for row, values in zip(rows[name], (seen.z.detach(), slope), strict=True):
+            for row, values in zip(rows[name], (seen.z.detach(), seen.slope), strict=True):
                 if values is not None:
                     values = values.movedim(seen.axis, 1)
                     row.append(by_filter(values, part, network.groups[name].filters))
@@ -70,11 +70,15 @@ def side_by_side(
             f"The feature maps of {lost} were not seen in a forward pass: remove hooks that "
             "replace what a layer puts out."
         )
-    return {name: tuple(map(_joined, row)) for name, row in rows.items()}
+
+    def joined(values: list[Tensor]) -> Tensor | None:
+        return torch.cat(values, 2) if len(values) > 1 else next(iter(values), None)
+
+    return {name: tuple(map(joined, row)) for name, row in rows.items()}
 
 
-def with_gradient(seen: Seen) -> tuple[Tensor, Tensor | None]:
-    """Return a feature map that has a gradient, and what has to take its place in the network.
+def with_gradient(seen: Seen) -> Tensor | None:
+    """Let a feature map have a gradient; return what has to take its place in the network.
 
     Where all that lies before it is frozen, it has none of its own. Raises ``UnreadableError`` if
     the network's own ``forward`` switches gradients off there.
@@ -86,9 +90,9 @@ def with_gradient(seen: Seen) -> tuple[Tensor, Tensor | None]:
             "freeze it by requires_grad_(False) instead, and switch checkpointing off."
         )
     if seen.z.requires_grad:
-        return seen.z, None
-    leaf = seen.z.detach().requires_grad_()
-    return leaf, leaf.clone()  # a layer behind it may work in place, which a leaf can't take
+        return None
+    seen.z = seen.z.detach().requires_grad_()
+    return seen.z.clone()  # a layer behind it may work in place, which a leaf can't take
 
 
 def zero(filters: Filters) -> Act:
@@ -137,42 +141,16 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
     A network that was compiled runs uncompiled meanwhile: compiled, it has no place to look.
     """
     model = network.model
-    takers: dict[str, dict[str, Part]] = {}
+    takers: dict[nn.Module, dict[str, Part]] = {}
     for name, group in network.groups.items():
         for part in group.side("in"):
-            takers.setdefault(part.name, {})[name] = part
+            takers.setdefault(model.get_submodule(part.name), {})[name] = part
     forks: dict[int, tuple[Tensor, int, Tensor]] = {}  # of one pass
     pooling = _Pooling()
 
-    def clear(module: nn.Module, *_: object) -> None:
-        if module is model:
-            forks.clear()
-
-    clear.of_pruning = True
-    with ExitStack() as stack:
-        if any(module._compiled_call_impl for module in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        handles = [
-            model.register_forward_pre_hook(clear),
-            model.register_forward_hook(clear, always_call=True),
-        ]
-        for layer, parts in takers.items():
-            taker = model.get_submodule(layer)
-            hook = _looks(taker, parts, act, forks, pooling)
-            handles.append(taker.register_forward_pre_hook(hook))
-        for handle in handles:
-            stack.callback(handle.remove)
-        stack.enter_context(pooling)
-        yield
-
-
-def _looks(
-    taker: nn.Module, parts: dict[str, Part], act: Act, forks: dict, pooling: _Pooling
-) -> Callable:
-    """What happens where ``taker`` takes a map: ``act`` sees it as it was before any pooling."""
-
-    def hook(layer: nn.Module, inputs: tuple) -> tuple | None:
-        if layer is not taker:  # a copy that was made meanwhile
+    def look(taker: nn.Module, inputs: tuple) -> tuple | None:
+        """``act`` sees the map that ``taker`` takes, as it was before any pooling."""
+        if taker not in takers:  # a copy that was made meanwhile
             return None
         x, *rest = inputs
         tokens = isinstance(taker, nn.Linear) and x.dim() > 2
@@ -181,7 +159,8 @@ def _looks(
         here, version, fork = forks.get(id(z), (None, 0, z))
         if here is not z or version != _version(z):
             # A view, so that its gradient is the part that comes back through these layers alone.
-            seen = Seen(z.view_as(z), axis, _of_maps(parts, x.shape[axis] // z.shape[axis]))
+            parts = _of_maps(takers[taker], x.shape[axis] // z.shape[axis])
+            seen = Seen(z.view_as(z), axis, parts)
             fork = act(seen)
             fork = seen.z if fork is None else fork
             forks[id(z)] = z, _version(z), fork
@@ -189,19 +168,32 @@ def _looks(
             fork = function(fork, *args, **kwargs)
         return fork, *rest
 
-    hook.of_pruning = True
-    return hook
+    def clear(module: nn.Module, *_: object) -> None:
+        if module is model:
+            forks.clear()
+
+    look.of_pruning = clear.of_pruning = True
+    with ExitStack() as stack:
+        if any(module._compiled_call_impl for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        handles = [
+            model.register_forward_pre_hook(clear),
+            model.register_forward_hook(clear, always_call=True),
+            *(taker.register_forward_pre_hook(look) for taker in takers),
+        ]
+        for handle in handles:
+            stack.callback(handle.remove)
+        stack.enter_context(pooling)
+        yield
 
 
 def _of_maps(parts: dict[str, Part], columns: int) -> dict[str, Part]:
     """The parts in channels of the map, where a layer takes ``columns`` values of each."""
-    if columns == 1:
-        return parts
     found = {}
     for name, part in parts.items():
         first = part.channels % columns == 0
         channels, owners = part.channels[first] // columns, part.owners[first]
-        found[name] = Part(part.name, part.side, channels, owners)
+        found[name] = replace(part, channels=channels, owners=owners)
     return found
 
 
@@ -227,7 +219,3 @@ def _keeps_channels(name: str, source: Tensor, output: Tensor, args: tuple, kwar
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def _joined(values: list[Tensor]) -> Tensor | None:
-    return torch.cat(values, 2) if len(values) > 1 else next(iter(values), None)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cnn_pruning.network.checks import check_function, check_module, first_line
+from cnn_pruning.network.checks import check_function, check_module, first_line, kind_of
 
 Inputs = Tensor | tuple[Tensor, ...] | list[Tensor]
 """What a network takes for N examples: images (N, ...), or several tensors, one argument each."""
@@ -94,10 +94,10 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> object:
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         if isinstance(model, nn.parallel.DistributedDataParallel):  # other ranks may be the reason
             raise
-        kinds = " and ".join(f"{x.dtype} {tuple(x.shape)}" for x in tree_leaves(inputs))
+        kinds = " and ".join(map(kind_of, tree_leaves(inputs)))
         weights = next((str(p.dtype) for p in model.parameters()), "").removeprefix("torch.")
         raise ValueError(
-            f"The network can't take a batch of {kinds.replace('torch.', '')} images "
+            f"The network can't take a batch of {kinds} images "
             f"({first_line(error)}): check their shape, (N, channels, height, width), and their "
             f"dtype; its weights are {weights}."
         ) from error
@@ -146,11 +146,11 @@ def summed_loss(outputs: Tensor, labels: Tensor, cost: Cost | None = None) -> Te
     if cost is not None:
         check_function("The cost", cost, "outputs", "labels")
         each = call("The cost", cost, outputs, labels)
-        shape, count = tuple(getattr(each, "shape", ())), size_of((labels, outputs))
-        if not isinstance(each, Tensor) or shape != (count,):
+        count = size_of((labels, outputs))
+        if not isinstance(each, Tensor) or each.shape != (count,):
             raise ValueError(
                 f"The cost must return a tensor ({count},), one number for each example, but "
-                f"it returned a {type(each).__name__} {shape}."
+                f"it returned {kind_of(each)}."
             )
         return each.sum()
     check_labels(outputs, labels)
@@ -167,16 +167,11 @@ def summed_loss(outputs: Tensor, labels: Tensor, cost: Cost | None = None) -> Te
 
 def check_labels(outputs: Tensor, labels: Tensor) -> None:
     """Raise ``ValueError`` unless there are logits (N, classes) and a label for each example."""
-    if not isinstance(outputs, Tensor):
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
         raise ValueError(
-            f"The network must return logits, a tensor (N, classes), but it returned a "
-            f"{type(outputs).__name__}: hand in a network that returns the logits alone, or give a "
-            "cost of your own."
-        )
-    if outputs.dim() != 2:
-        raise ValueError(
-            f"The network must return logits (N, classes), but it returned {tuple(outputs.shape)}: "
-            "let it end in nn.Flatten or nn.Linear, or give a cost of your own."
+            "The network must return logits, a floating-point tensor (N, classes), but it returned "
+            f"{kind_of(outputs)}: let it return these alone, with nn.Flatten or nn.Linear at its "
+            "end, or give a cost of your own."
         )
     if outputs.shape[1] == 1:
         raise ValueError(
@@ -184,18 +179,11 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
             "as lambda y, labels: binary_cross_entropy_with_logits(y[:, 0], labels.float(), "
             'reduction="none").'
         )
-    if not outputs.is_floating_point():
-        raise ValueError(f"The network must return floating-point logits, not {outputs.dtype}.")
-    if not isinstance(labels, Tensor):
+    plain = isinstance(labels, Tensor) and labels.dtype == torch.int64
+    if not plain or labels.shape != outputs.shape[:1]:
         raise ValueError(
-            f"The labels must be integers, but they are a {type(labels).__name__}: number the "
-            "classes, or give a cost of your own."
-        )
-    if labels.shape != outputs.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"The labels must be int64 ({len(outputs)},), but they are "
-            f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}: number the "
-            "classes, or give a cost of your own."
+            f"The labels must be int64 ({len(outputs)},), but they are {kind_of(labels)}: number "
+            "the classes, or give a cost of your own."
         )
     low, high = labels.aminmax()
     if low < 0 or high >= outputs.shape[1]:  # cross_entropy would skip a label of -100
@@ -227,7 +215,7 @@ def pieces(
     stay whole, for the caller to refuse.
     """
     for images, labels in loader:
-        images, labels = on_device(images, device), on_device(labels, device)
+        images, labels = on_device((images, labels), device)
         count = size_of(images)
         values = tree_leaves((images, labels))
         whole = device.type != "cpu" or not all(

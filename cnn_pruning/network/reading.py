@@ -16,24 +16,13 @@ from cnn_pruning.network.checks import check_module
 from cnn_pruning.network.description import BATCH_NORM, Filters, Network, names_of
 from cnn_pruning.network.graph import counts_on_them, floats_in, read_graph
 from cnn_pruning.network.maps import on_feature_maps, zero
-from cnn_pruning.network.passes import (
-    Inputs,
-    copy_of,
-    device_of,
-    on_device,
-    outputs_of,
-    size_of,
-)
+from cnn_pruning.network.passes import Inputs, copy_of, device_of, on_device, outputs_of
 from cnn_pruning.network.removal import remove
 from cnn_pruning.network.sequential import UnknownLayer, read_sequential
 
 BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-
-
-class NeedsImages(TypeError):
-    """A network that can only be read from images."""
 
 
 def read(model: nn.Module | Network, images: Inputs | None = None) -> Network:
@@ -49,14 +38,13 @@ def read(model: nn.Module | Network, images: Inputs | None = None) -> Network:
         return read_sequential(model)
     except UnknownLayer as unknown:
         if images is None:
-            raise NeedsImages(
+            raise UnknownLayer(
                 f"{type(model).__name__} isn't a Sequential of layers that are known ({unknown}), "
                 "so it has to be read from images: hand in data too, a dataset or a few images."
             ) from None
     with torch.inference_mode(False), torch.enable_grad(), random_numbers_kept():
-        images = tree_map(lambda x: x[:2], images)
-        if size_of(images) < 2:  # batch norm can't train on a single image
-            images = tree_map(lambda x: torch.cat([x, x]), images)
+        # Two, even of a single one: batch norm can't train on that
+        images = tree_map(lambda x: torch.cat([x[:2], x[:1]])[:2], images)
         images = on_device(images, device_of(model))
         groups, left_out = read_graph(copy_of(model), images)
     if not groups and not left_out:
@@ -72,10 +60,9 @@ def exact_removal(network: Network, filters: Filters) -> Network:
     small = remove(network, filters)
     filters = {name: gone for name, gone in filters.items() if gone}
     if network.images is not None and filters:
-        trial = _Trial(network)
-        if why := trial.fails(filters):
-            alone = {name: gone for name, gone in filters.items() if trial.fails({name: gone})}
-            raise TypeError(f"{', '.join(alone or filters)} can't lose these filters: {why}.")
+        if wrong := _Trial(network).failing(filters):
+            why = next(iter(wrong.values()))
+            raise TypeError(f"{', '.join(wrong)} can't lose these filters: {why}.")
     return small
 
 
@@ -83,9 +70,8 @@ def only_exact(network: Network) -> Network:
     """Leave out the groups whose filters can't go exactly, as a trial of each shows."""
     if network.images is None or not network.groups:
         return network
-    trial = _Trial(network)
     some = {n: list(range(0, k - 1, 3)) for n, k in network.filters().items() if k > 1}
-    return network.without(trial.failing(some))
+    return network.without(_Trial(network).failing(some))
 
 
 class _Trial:
@@ -128,19 +114,22 @@ class _Trial:
         passed = {op for name in filters for op in self.network.groups[name].passed}
         mixing = " or ".join(sorted(passed - {"view"})) or "something"
         mixed = f"{mixing} behind them uses several of them at once, or their number"
-        small = remove(self.network, filters).model
+        network = self.network.only(filters.__contains__)
+        small = remove(network, filters).model
         with torch.no_grad(), random_numbers_kept():
             for images, training, when in self.occasions:
                 try:
-                    with on_feature_maps(self.network, zero(filters)):
-                        masked = _outputs(self.network.model, images, training)
+                    removed = _outputs(small, images, training)
+                except ValueError:
+                    removed = None
+                try:
+                    with on_feature_maps(network, zero(filters)):
+                        masked = _outputs(network.model, images, training)
                 except ValueError:
                     if not when:
                         raise
                     continue  # nor can the whole network take these
-                try:
-                    removed = _outputs(small, images, training)
-                except ValueError:
+                if removed is None:
                     return when + counts_on_them(passed)
                 if len(masked) != len(removed) or not all(map(_close, removed, masked)):
                     return when + mixed
@@ -218,12 +207,6 @@ def check_keep(model: nn.Module, keep: Collection[str] | str) -> None:
             raise ValueError(f"keep names {name}, but the network has no such layer.")
 
 
-def hooked(layer: nn.Module, kinds: tuple[str, ...] = HOOKS) -> bool:
-    """Whether ``layer`` has hooks of others, which may change what it puts out, or look at it."""
-    found = [hook for kind in kinds for hook in getattr(layer, kind).values()]
-    return not all(getattr(hook, "of_pruning", False) for hook in found)
-
-
 def check_network(model: nn.Module) -> None:
     """Raise ``TypeError`` for what isn't a network of its own, with what to hand in instead."""
     check_module(model)
@@ -231,42 +214,40 @@ def check_network(model: nn.Module) -> None:
         raise TypeError("There are hooks on all modules: remove them while you prune.")
     registered = set(model.modules())
     for name, layer in model.named_modules():
-        where, inside = (name, f"{name}.") if name else ("The model", "model.")
-        kind = type(layer).__name__
-        instead = "hand in" if not name else "put in its place"
-        if isinstance(layer, WRAPPERS):
-            raise TypeError(f"{where} is a {kind}: {instead} the network inside, {inside}module.")
-        if hasattr(layer, "_orig_mod"):
-            raise TypeError(
-                f"{where} is what torch.compile returned: {instead} the network inside, "
-                f"{inside}_orig_mod."
-            )
-        if isinstance(layer, torch.jit.ScriptModule):
-            raise TypeError(
-                f"{where} is a {kind}, traced or scripted: {instead} the network it was traced "
-                "from."
-            )
-        if "forward" in vars(layer):
-            raise TypeError(
-                f"{where} has a forward of its own, set on the object: write it as a method of its "
-                "class."
-            )
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-            raise TypeError(
-                f"{where} is a {kind} without weights yet: run one batch through the network first."
-            )
-        if hooked(layer, HOOKS if name else BACKWARD):
-            raise TypeError(f"{where} has hooks: remove them while you prune.")
-        if isinstance(layer, BATCH_NORM) and layer.running_mean is None:
-            raise TypeError(
-                f"{where} is a batch norm without running statistics, so that one example's loss "
-                "depends on the others: use track_running_stats=True."
-            )
+        if why := _obstacle(name, layer):
+            raise TypeError(f"{name or 'The model'} {why}.")
         for attribute, value in vars(layer).items():
             values = [*value.values()] if isinstance(value, dict) else value
             inside_list = isinstance(values, list | tuple) and not attribute.startswith("_")
             if inside_list and {v for v in values if isinstance(v, nn.Module)} - registered:
                 raise TypeError(
-                    f"{inside}{attribute} is a {type(value).__name__} of layers, which PyTorch "
-                    "neither trains nor saves: make it an nn.ModuleList or an nn.ModuleDict."
+                    f"{name or 'model'}.{attribute} is a {type(value).__name__} of layers, which "
+                    "PyTorch neither trains nor saves: make it an nn.ModuleList or an "
+                    "nn.ModuleDict."
                 )
+
+
+def _obstacle(name: str, layer: nn.Module) -> str:
+    """Why a network can't be read because of one of its modules, and what to do; "" if it can."""
+    kind, inside = type(layer).__name__, f"{name or 'model'}."
+    instead = "put in its place" if name else "hand in"
+    if isinstance(layer, WRAPPERS):
+        return f"is a {kind}: {instead} the network inside, {inside}module"
+    if hasattr(layer, "_orig_mod"):
+        return f"is what torch.compile returned: {instead} the network inside, {inside}_orig_mod"
+    if isinstance(layer, torch.jit.ScriptModule):
+        return f"is a {kind}, traced or scripted: {instead} the network it was traced from"
+    if "forward" in vars(layer):
+        return "has a forward of its own, set on the object: write it as a method of its class"
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        return f"is a {kind} without weights yet: run one batch through the network first"
+    # Hooks may change what a layer puts out, or look at it
+    hooks = [h for kind in (HOOKS if name else BACKWARD) for h in getattr(layer, kind).values()]
+    if not all(getattr(hook, "of_pruning", False) for hook in hooks):
+        return "has hooks: remove them while you prune"
+    if isinstance(layer, BATCH_NORM) and layer.running_mean is None:
+        return (
+            "is a batch norm without running statistics, so that one example's loss depends on the "
+            "others: use track_running_stats=True"
+        )
+    return ""

@@ -1,9 +1,11 @@
 """How filters leave a network: the channels of each layer that go with them are cut out."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from cnn_pruning.network.description import CONV, Filters, Group, Network, Part
+from cnn_pruning.network.description import CONV, Filters, Group, Network
 from cnn_pruning.network.passes import copy_of
 
 
@@ -17,59 +19,50 @@ def remove(network: Network, filters: Filters) -> Network:
             raise ValueError(
                 f"{name} would lose all of its {len(gone)} filters: leave at least one."
             )
-    lost: dict[tuple[str, str], list[Tensor]] = {}
-    axes: dict[str, int] = {}
+    lost: dict[tuple[str, str, int], list[Tensor]] = {}
     for name, gone in filters.items():
         for part in network.groups[name].parts if gone else ():
             channels = part.channels[torch.isin(part.owners, torch.tensor(gone))]
-            lost.setdefault((part.name, part.side), []).append(channels)
-            axes[part.name] = part.axis
+            lost.setdefault(part.place(), []).append(channels)
     with torch.inference_mode(False):  # else the copy couldn't be trained
         model = copy_of(network.model)
         kept = {  # a layer's channels go at once, whatever group they are of
-            place: _cut(model, *place, axes[place[0]], torch.cat(channels))
-            for place, channels in lost.items()
+            place: _cut(model, *place, torch.cat(channels)) for place, channels in lost.items()
         }
     groups = {
         name: _renumbered(group, filters.get(name, []), kept)
         for name, group in network.groups.items()
     }
-    return Network(model, groups, network.left_out, network.softmax, network.images)
+    return replace(network, model=model, groups=groups)
 
 
-def _renumbered(group: Group, gone: list[int], kept: dict[tuple[str, str], Tensor]) -> Group:
+def _renumbered(group: Group, gone: list[int], kept: dict[tuple, Tensor]) -> Group:
     """The group without the filters ``gone``, whose parts have ``kept`` those channels."""
     stays = torch.ones(group.filters, dtype=torch.bool)
     stays[gone] = False
     number = stays.cumsum(0) - 1
     parts = []
     for part in group.parts:
-        channels, owners = part.channels, part.owners
-        if (part.name, part.side) in kept:
-            here = stays[owners]
-            channels = torch.searchsorted(kept[part.name, part.side], channels[here])
-            owners = number[owners[here]]
-        parts.append(Part(part.name, part.side, channels, owners, part.axis))
+        if part.place() in kept:
+            here = stays[part.owners]
+            channels = torch.searchsorted(kept[part.place()], part.channels[here])
+            part = replace(part, channels=channels, owners=number[part.owners[here]])
+        parts.append(part)
     return Group(int(stays.sum()), tuple(parts), group.passed)
 
 
 def _cut(model: nn.Module, name: str, side: str, axis: int, lost: Tensor) -> Tensor:
     """Cut the channels ``lost`` out of a layer or parameter; return those that are left."""
 
-    def others(size: int) -> Tensor:
-        stays = torch.ones(size, dtype=torch.bool)
-        stays[lost] = False
-        return stays.nonzero().flatten()
-
+    parent, _, last = name.rpartition(".")
+    layer = model.get_submodule(name if side else parent)
+    size = getattr(layer, size_name(layer, side)) if side else getattr(layer, last).shape[axis]
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[lost] = False
+    kept = stays.nonzero().flatten()
     if not side:  # a parameter or a buffer
-        parent, _, last = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        kept = others(getattr(parent, last).shape[axis])
-        _keep(parent, last, axis, kept)
+        _keep(layer, last, axis, kept)
         return kept
-    layer = model.get_submodule(name)
-    size = getattr(layer, size_name(layer, side))
-    kept = others(size)
     if isinstance(layer, CONV | nn.Linear):
         if is_depthwise(layer):
             layer.in_channels = layer.groups = len(kept)

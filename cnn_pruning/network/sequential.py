@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from cnn_pruning.network.checks import shown
 from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, Group, Network, Part
 
 
@@ -29,7 +30,12 @@ POOLING = _layers(
     CircularPad2d ReflectionPad2d ReplicationPad2d ZeroPad2d Dropout1d Dropout2d Dropout3d
     Upsample UpsamplingBilinear2d UpsamplingNearest2d"""
 )
+KNOWN = (
+    *_layers("Conv1d Conv2d Conv3d Linear Flatten BatchNorm1d BatchNorm2d BatchNorm3d"),
+    *(nn.SyncBatchNorm, *ACTIVATIONS, *POOLING),
+)
 ENDS = (nn.Softmax, nn.LogSoftmax)
+PLAIN = [kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
 
 
 class UnknownLayer(TypeError):
@@ -47,7 +53,9 @@ def read_sequential(model: nn.Module) -> Network:
     used: set[int] = set()
     softmax = None
     for position, (name, layer) in enumerate(layers):
-        _check_known(name, layer, last=position == len(layers) - 1)
+        if not _is_known(layer, ENDS if position == len(layers) - 1 else ()):
+            kind = type(layer).__name__ if any(layer.children()) else shown(layer)
+            raise UnknownLayer(f"{name} is a {kind}")
         tensors = {id(value) for value in (*layer.parameters(), *layer.buffers())}
         if tensors & used:
             raise UnknownLayer(f"{name} is used twice, or shares a weight")
@@ -103,35 +111,19 @@ def _one_call(module: nn.Module) -> str | None:
         return None
 
 
-def _check_known(name: str, layer: nn.Module, last: bool) -> None:
-    kind = type(layer)
-    known = any(
-        isinstance(layer, base) and kind.forward is base.forward
-        for base in (
-            *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, *ACTIVATIONS, *POOLING),
-            *(
-                nn.BatchNorm1d,
-                nn.BatchNorm2d,
-                nn.BatchNorm3d,
-                nn.SyncBatchNorm,
-                *(ENDS if last else ()),
-            ),
-        )
-    )
-    if not known or (isinstance(layer, CONV) and kind._conv_forward not in _PLAIN):
-        raise UnknownLayer(f"{name} is a {kind.__name__}")
-    weights = layer._parameters.get("weight")
-    if isinstance(layer, CONV | nn.Linear) and weights is None:
-        raise UnknownLayer(f"{name} has a weight that is computed from others")
-    if isinstance(layer, CONV) and layer.groups > 1:
-        raise UnknownLayer(f"{name} has groups={layer.groups}")
-    if isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
-        raise UnknownLayer(f"{name} has a slope for each channel")
-    if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
-        raise UnknownLayer(f"{name} is a {layer}")
-
-
-_PLAIN = [kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+def _is_known(layer: nn.Module, ends: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the rules hold for ``layer``: a subclass may compute something else."""
+    if not any(
+        isinstance(layer, kind) and type(layer).forward is kind.forward for kind in KNOWN + ends
+    ):
+        return False
+    if isinstance(layer, CONV) and (layer.groups > 1 or type(layer)._conv_forward not in PLAIN):
+        return False
+    if isinstance(layer, CONV | nn.Linear) and "weight" not in layer._parameters:
+        return False  # it is computed from others
+    if isinstance(layer, nn.Flatten):
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    return not (isinstance(layer, nn.PReLU) and layer.num_parameters > 1)
 
 
 def _part(name: str, side: str, size: int, filters: int) -> Part:
