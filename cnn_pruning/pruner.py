@@ -218,4 +218,5 @@ class TaylorPruner:
 
         Raises as ``select`` does.
         """
-        return exact_removal(self.network, self.select(n, **budget)).model
+        filters = self.select(n, **budget)
+        return exact_removal(self.network, filters).model

@@ -51,7 +51,6 @@ def read_sequential(model: nn.Module) -> Network:
     groups: dict[str, Group] = {}
     conv, parts, rows = None, [], False  # the layer that is open, and what goes with it
     used: set[int] = set()
-    softmax = None
     for position, (name, layer) in enumerate(layers):
         if not _is_known(layer, ENDS if position == len(layers) - 1 else ()):
             kind = type(layer).__name__ if any(layer.children()) else shown(layer)
@@ -77,11 +76,10 @@ def read_sequential(model: nn.Module) -> Network:
             rows = isinstance(layer, nn.Linear)
             width = layer.out_features if rows else layer.out_channels
             conv, parts = (name, width), [_part(name, "out", width, width)]
-        softmax = name if isinstance(layer, nn.Softmax) else softmax
     if not any(isinstance(layer, CONV) for _, layer in layers):
         raise UnknownLayer("there is no convolution")
     left_out = {conv[0]: IN_OUTPUTS} if conv else {}
-    return Network(model, groups, left_out, softmax)
+    return Network(model, groups, left_out, name if isinstance(layer, nn.Softmax) else None)
 
 
 def _in_order(module: nn.Module, name: str = ""):
