@@ -6,9 +6,8 @@ import math
 import pandas as pd
 import pytest
 import torch
-from figures import game
 from long_runs import every_network as every
-from long_runs import trained, whole_tables
+from long_runs import levels, trained, whole_tables
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
@@ -242,7 +241,7 @@ def test_choices_and_sizes_tell_the_same_ranks():
     choices = pd.read_csv(every.CHOICES, comment="#").groupby(["seed", "size"])
     for (seed, size), known in sizes.groupby(["seed", "size"]):
         assert [*known["of"].unique()] == [every.number_of(size)]
-        ranks = game.Ranks(every.number_of(size), known["rank"].tolist(), known.loss.tolist())
+        ranks = levels.Ranks(every.number_of(size), known["rank"].tolist(), known.loss.tolist())
         for row in choices.get_group((seed, size)).itertuples():
             assert ranks.rank(row.loss)[0] == pytest.approx(row.rank, rel=0.06, abs=2)
 
@@ -296,22 +295,22 @@ def test_the_second_order_is_nearly_exact_in_the_last_layer_and_misses_half_in_t
 def test_a_run_that_was_stopped_goes_on_with_the_network_it_was_at(monkeypatch, tmp_path):
     begun = []
 
-    def rows_of_seed(seed, *_):
+    def rows_of_table(seed, *_):
         begun.append(seed)
         if begun == [0, 1]:
             raise KeyboardInterrupt
         return {path.name: [{"seed": seed, "loss": seed / 7}] for path in TABLES}
 
-    monkeypatch.setattr(every, "rows_of_seed", rows_of_seed)
-    given = ["0", "1", "2", "--out", str(tmp_path / "tables")]
+    monkeypatch.setattr(every, "all_losses", lambda *_: None)
+    monkeypatch.setattr(every, "rows_of_table", rows_of_table)
+    given = ["0", "1", "2", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         every.main(given)
-    assert list((tmp_path / "tables").iterdir()) == []
+    assert not list(tmp_path.glob("*.csv"))
     every.main(given)
     assert begun == [0, 1, 1, 2], "what is done isn't computed again"
-    assert [path.name for path in tmp_path.iterdir()] == ["tables"]
     for path in TABLES:
-        table = pd.read_csv(tmp_path / "tables" / path.name, comment="#")
+        table = pd.read_csv(tmp_path / path.name, comment="#")
         assert table.loss.tolist() == [0, 1 / 7, 2 / 7]
 
 
@@ -319,89 +318,3 @@ def test_a_network_that_is_not_stored_is_not_replaced_by_another(tmp_path):
     with pytest.raises(ValueError, match="none of 17"):
         every.main(["17", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
-
-
-# The game
-
-
-@pytest.fixture
-def table(network):
-    parts = torch.zeros(256, every.SECOND, len(DATA), 10)
-    for where, some in every.contributions(network, DATA.tensors[0]):
-        parts[:, :, where] = some
-    return game.Table(parts.half(), network.network[-1].bias, DATA.tensors[1])
-
-
-def test_the_game_answers_with_the_loss_and_accuracy_of_the_masked_network(network, table):
-    for subset in [WHOLE, 0, *some_subsets(6)]:
-        kept = every.kept_of(subset)
-        loss, accuracy = table.outcome(*kept.values())
-        with mask_filters(network, every.removed_of(subset)):
-            expected = evaluate(network, DATA)
-        assert (loss, accuracy) == pytest.approx(expected, abs=2e-3)
-
-
-def test_a_rank_rises_with_the_loss_and_is_exact_where_it_is_stored():
-    number = 100_000
-    losses = torch.linspace(0.2, 3, number, dtype=torch.float64).square()
-    stored = every.stored_ranks(number)
-    ranks = game.Ranks(number, stored, [losses[r - 1].item() for r in stored])
-    for rank in stored[:32]:
-        assert ranks.rank(losses[rank - 1].item()) == (rank, True)
-    found = [ranks.rank(loss)[0] for loss in torch.linspace(0, 9.1, 500).tolist()]
-    assert found == sorted(found)
-    assert found[0] == 1 and found[-1] == number
-    for rank in (50, 500, 50_000):
-        assert ranks.rank(losses[rank - 1].item())[0] == pytest.approx(rank, rel=0.03)
-
-
-@pytest.fixture
-def board(network, table):
-    ranks = {
-        size: game.Ranks(every.number_of(size), [1, every.number_of(size)], [0.1, 9.0])
-        for size in range(2, every.K + 1)
-    }
-    other = {size: every.kept_of(((1 << size - 1) - 1) << 1 | 1 << 23) for size in range(2, 18)}
-    images = {"a": DATA.tensors[0][0], "b": DATA.tensors[0][1]}
-    made = game.Board(network, table, ranks, {"The other": other}, images, every.macs_of)
-    return made, other
-
-
-def press(button):
-    button._click_handlers(button)
-
-
-def test_switching_a_filter_off_changes_its_card_and_what_is_said(board):
-    made, _ = board
-    picture, button = made.cards[1][3]
-    before, said = picture.value, made.words.value
-    button.value = False
-    assert picture.value != before
-    assert "off" in button.description and "off" in button.tooltip
-    assert "23 filters" in made.words.value and made.words.value != said
-    button.value = True
-    assert (picture.value, made.words.value) == (before, said)
-
-
-def test_the_maps_of_the_second_layer_are_seen_through_what_is_on_in_the_first(board):
-    made, _ = board
-    before = [picture.value for picture, _ in made.cards[1]]
-    made.cards[0][0][1].value = False
-    assert [picture.value for picture, _ in made.cards[1]] != before
-
-
-def test_a_choice_keeps_as_many_filters_as_are_on(board):
-    made, other = board
-    for k in range(10):
-        made.cards[1][k][1].value = False
-    press(made.buttons["The other"])
-    assert made.kept() == list(other[14].values())
-    press(made.buttons["All on"])
-    assert made.kept() == [list(range(8)), list(range(16))]
-
-
-def test_a_layer_without_filters_is_said_to_be_no_network(board):
-    made, _ = board
-    for _, button in made.cards[0]:
-        button.value = False
-    assert "no network" in made.words.value

@@ -10,8 +10,8 @@ takes some seven minutes a network on two cores, and seconds on a CUDA GPU. It w
 - every_network_choices.csv: what each method keeps at each size, and what that costs,
 - every_network_filters.csv: what each method says about each filter.
 
-The networks are those that trained.py has stored. The rows of each network that is done wait in a
-folder beside that of the tables, so that a run that was stopped goes on from there.
+The networks are those that trained.py has stored. The rows of each network that is done are kept
+in the folder every_network.part, so the program can be stopped, and goes on where it was.
 
 A subset is the number whose 24 bits are the gates: first the 8 filters of the first layer, then the
 16 of the second, the highest bit first.
@@ -19,8 +19,8 @@ A subset is the number whose 24 bits are the gates: first the 8 filters of the f
 
 import itertools
 import math
-import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from cnn_pruning import (
     CNN,
@@ -340,13 +340,18 @@ def rank_of(loss: Tensor, peers: Tensor) -> int:
     return int((peers < loss - 1e-6).sum()) + 1
 
 
-def rows_of_seed(seed: int, train: TensorDataset, val: TensorDataset, network: CNN) -> dict:
+def rows_of_seed(
+    seed: int, folder: Path, train: TensorDataset, val: TensorDataset, network: CNN
+) -> dict:
     """The rows of every table, by the table's file name; on a GPU, if there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = network.to(device)
-    data = TensorDataset(*(each.to(device) for each in train[:IMAGES]))
-    val = TensorDataset(*(each.to(device) for each in val.tensors))
-    return rows_of_table(seed, data, val, network, all_losses(network, *data.tensors))
+    kept = whole_tables.Rows(folder / "every_network.part" / f"{seed}.jsonl", settings([seed]))
+    if not kept.rows:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network = network.to(device)
+        data = TensorDataset(*(each.to(device) for each in train[:IMAGES]))
+        val = TensorDataset(*(each.to(device) for each in val.tensors))
+        kept.add(rows_of_table(seed, data, val, network, all_losses(network, *data.tensors)))
+    return kept.rows[0]
 
 
 def rows_of_table(
@@ -466,18 +471,11 @@ def main(given: list[str] | None = None) -> None:
     networks = trained.networks(seeds)
     train, val, _ = fashion_mnist()
     torch.backends.cudnn.allow_tf32 = False  # a GPU's losses are then a CPU's, but for rounding
-    parts = folder.with_name(f"{folder.name}.part")
-    done = whole_tables.Rows(parts / "every_network.jsonl", settings([]))
+    tables = {name: [] for name in (PAIRS.name, SIZES.name, CHOICES.name, FILTERS.name)}
     for seed, network in zip(seeds, networks, strict=True):
-        if not done.has(seed=seed):
-            done.add({"seed": seed, "tables": rows_of_seed(seed, train, val, network)})
-    found = {row["seed"]: row["tables"] for row in done.rows}
-    tables = {
-        folder / name: [row for seed in seeds for row in found[seed][name]]
-        for name in (PAIRS.name, SIZES.name, CHOICES.name, FILTERS.name)
-    }
-    whole_tables.write(tables, settings(seeds))
-    shutil.rmtree(parts)
+        for name, rows in rows_of_seed(seed, folder, train, val, network).items():
+            tables[name] += rows
+    whole_tables.write({folder / name: rows for name, rows in tables.items()}, settings(seeds))
 
 
 if __name__ == "__main__":
