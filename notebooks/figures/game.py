@@ -1,253 +1,365 @@
-"""Beat Taylor: a game for notebook 8, with every filter of a network as a card to switch off."""
+"""Beat Taylor: a game, with every filter of a network as a card to switch off."""
 
+import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 
+from cnn_pruning import CNN, fashion_mnist
 from cnn_pruning.experiments.data import CLASSES
-from cnn_pruning.experiments.model import CNN
-from cnn_pruning.plots import REMOVED
+from cnn_pruning.plots import INK, LAYERS, METHODS, REMOVED
+from long_runs import every_network, trained
+from long_runs.levels import ROUNDING, Level, Place, Rivals, levels
 
 import ipywidgets
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import conv2d, cross_entropy
 
-Kept = dict[str, list[int]]
-"""The filters that stay, by name of convolution."""
+NAMES = ("first layer", "second layer")
+NOTHING = "A layer without filters lets nothing through: no network is left."
+PERSONAL_BEST: dict[str, tuple[float, int]] = {}  # loss and clicks by level, for the session
+NUMBERS = itertools.count()  # of the boards, whose styles must not mix on one page
+STYLE = """
+.game { --ink: INK; --you: YOU; --taylor: TAYLOR; --removed: REMOVED;
+  color: var(--jp-content-font-color0, inherit); font-size: 15px; line-height: 1.45; }
+.game p { margin: 4px 0; }
+.game .game-card { width: 96px; height: 160px; margin: 2px; padding: 0 0 3px; position: relative;
+  display: flex; align-items: flex-end; justify-content: center; line-height: 1.2;
+  color: inherit; border: 3px solid transparent; box-sizing: border-box;
+  image-rendering: pixelated; background-color: var(--jp-layout-color2, #eee);
+  background-image: var(--map), var(--kernel); background-repeat: no-repeat;
+  background-position: 50% 2px, 50% 90px; background-size: 84px 84px, var(--large); }
+.game .game-card.game-off::before { content: ""; position: absolute; inset: 0 0 20px;
+  background: var(--jp-layout-color0, white); opacity: 0.75; }
+.game .game-card.game-off::after { content: ""; position: absolute; inset: 2px 2px auto;
+  height: 84px; background:
+    linear-gradient(45deg, transparent 48%, var(--removed) 48% 52%, transparent 52%),
+    linear-gradient(-45deg, transparent 48%, var(--removed) 48% 52%, transparent 52%); }
+.game .game-card.game-taylor { border: 3px dashed var(--taylor); }
+.game .game-card.game-best { outline: 3px double var(--ink); }
+.game .game-card:focus-visible { box-shadow: 0 0 0 4px var(--you); }
+.game-won { border: 2px solid var(--taylor); border-radius: 4px; padding: 2px 8px; }
+.game-ladder, .game-ends { max-width: 790px; position: relative; }
+.game-ladder { height: 18px; margin-bottom: 20px; border: 1px solid var(--ink); }
+.game-ladder > * { position: absolute; top: 0; height: 100%; }
+.game-you { left: 0; background: var(--you); }
+.game-tenth { border-left: 1px solid var(--ink); }
+.game-theirs { border-left: 4px solid var(--taylor); }
+.game-theirs > span { position: absolute; top: 18px; transform: translateX(-50%); }
+.game-ends { display: flex; justify-content: space-between; }
+@media (max-width: 700px) {
+  .game { font-size: 13px; }
+  .game .game-card { width: 68px; height: 117px; margin: 1px;
+    background-position: 50% 1px, 50% 60px; background-size: 56px 56px, var(--small); }
+  .game .game-card.game-off::after { inset: 1px 2px auto; height: 56px; }
+}
+"""
 
-ROUNDING = 5e-6  # nats; closer losses count as equal
-WORDS = "color: var(--jp-content-font-color0, inherit); font-size: 15px; line-height: 1.5"
-CARD = "92px"
-ROW = "776px"  # eight cards
+
+def play(seed: int = 0) -> ipywidgets.Widget:
+    """Return the game: a board to play on, its levels, and how one stands.
+
+    ``seed`` is that of one of the networks of ``every_network.SEEDS``.
+    """
+    (network,) = trained.networks([seed])
+    train, val, _ = fashion_mnist()
+    losses = Losses(network, *train[: every_network.IMAGES])
+    images = {name: val.tensors[0][val.tensors[1] == k][0] for k, name in enumerate(CLASSES)}
+    return Board(losses, *levels(seed), images).widget
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The losses at some ranks, best first, among all networks with equally many filters."""
-
-    of: int
-    ranks: Sequence[int]
-    losses: Sequence[float]
-
-    def rank(self, loss: float) -> tuple[int, bool]:
-        """Return the rank of a network with this loss, and whether it is exact or interpolated."""
-        losses, ranks = np.asarray(self.losses), np.asarray(self.ranks)
-        better = int((losses < loss - ROUNDING).sum())
-        if better == len(ranks):
-            return self.of, True
-        if ranks[better] == better + 1:  # every rank up to here is stored
-            return better + 1, True
-        around = slice(better - 1, better + 1)  # and no further, since many losses can be equal
-        between = np.interp(loss, losses[around], np.log(ranks[around]))
-        return int(np.clip(np.exp(between).round(), ranks[better - 1] + 1, self.of)), False
-
-
-class Table:
+class Losses:
     """What a two-layer network without some filters does, fast enough to answer a click.
 
-    ``parts`` (subsets of the first layer, filters of the second, images, classes) is what each
-    filter of the second layer adds to the logits of each image.
+    What each filter of the second layer adds to the logits is computed for a subset of the first
+    layer once it is asked for. ``images`` (N, 1, 28, 28), ``labels`` (N,).
     """
 
-    def __init__(self, parts: Tensor, bias: Tensor, labels: Tensor) -> None:
-        self.parts, self.bias, self.labels = parts, bias.detach(), labels
+    def __init__(self, network: CNN, images: Tensor, labels: Tensor) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.added = lru_cache(64)(self._added)
 
-    def outcome(self, first: Sequence[int], second: Sequence[int]) -> tuple[float, float]:
-        """Return the mean loss (nats) and the accuracy with these filters of the two layers."""
-        highest = len(self.parts).bit_length() - 2  # the bit of filter 0
-        parts = self.parts[sum(1 << (highest - k) for k in first)]
-        logits = self.bias + parts[list(second)].float().sum(0)
+    @torch.no_grad()
+    def _added(self, first: tuple[int, ...]) -> Tensor:  # (N, filters of the second layer, classes)
+        conv1, _, conv2, *_, linear = self.network.network
+        read = linear.weight.unflatten(1, (conv2.out_channels, -1))
+        found = []
+        for some in self.images.split(500):
+            z = conv1(some).relu_()[:, first]
+            z = conv2d(z, conv2.weight[:, first], conv2.bias, padding=1).relu_()
+            found.append(torch.einsum("nkm,ckm->nkc", z.flatten(2), read))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def outcome(self, on: Iterable[Place]) -> tuple[float, float]:
+        """Return the mean loss (nats) and the accuracy with these filters, one a layer at least."""
+        first, second = (tuple(sorted(k for i, k in on if i == layer)) for layer in (0, 1))
+        logits = self.network.network[-1].bias + self.added(first)[:, second].sum(1)
         right = (logits.argmax(1) == self.labels).double().mean().item()
         return cross_entropy(logits, self.labels).item(), right
 
 
-def play(
-    network: CNN,
-    table: Table,
-    ranks: Mapping[int, Ranks],
-    choices: Mapping[str, Mapping[int, Kept]],
-    images: Mapping[str, Tensor],
-    macs: Callable[[int, int], int],
-) -> ipywidgets.Widget:
-    """Return the board: cards to switch filters off, and what the network does without them.
-
-    ``ranks`` and the values of ``choices`` are by number of filters; each choice gets a button.
-    ``images`` (1, 28, 28) by name are those that the cards can show; ``macs`` counts the
-    multiply-adds of a network with these widths.
-    """
-    return Board(network, table, ranks, choices, images, macs).widget
-
-
 class Board:
-    """The widgets of the game; see ``play``."""
+    """The widgets of the game, and how it stands; see ``play``.
 
-    def __init__(self, network, table, ranks, choices, images, macs) -> None:
-        self.network, self.table, self.ranks = network, table, ranks
-        self.images, self.macs = images, macs
-        self.layers = [f"network.{i}" for i in (0, 2)]
-        self.convs = [network.get_submodule(layer) for layer in self.layers]
-        self.all_macs = macs(*(conv.out_channels for conv in self.convs))
-        self.limits = [conv.weight.abs().max().item() for conv in self.convs]
-        self.busy = False
-        self.shown: dict[tuple[int, int], object] = {}
-        self.cards = [
-            [self._card(i, k) for k in range(conv.out_channels)]
+    ``rivals`` by number of filters; ``images`` (1, 28, 28) by name are what the cards can show.
+    """
+
+    def __init__(
+        self,
+        losses: Losses,
+        rivals: Mapping[int, Rivals],
+        levels: Sequence[Level],
+        images: Mapping[str, Tensor],
+    ) -> None:
+        self.losses, self.rivals, self.images = losses, rivals, [*images.items()]
+        self.convs = [m for m in losses.network.modules() if isinstance(m, torch.nn.Conv2d)]
+        self.cards = {
+            (i, k): self._card(i, k)
             for i, conv in enumerate(self.convs)
-        ]
-        self.words = ipywidgets.HTML()
-        self.chooser = ipywidgets.Dropdown(options=[*images], description="Image")
-        self.chooser.observe(lambda _: self._update(), names="value")
-        everything = {"All on": lambda _: {n: range(c.out_channels) for n, c in self._named()}}
-        answers = {name: by_size.get for name, by_size in choices.items()}
-        self.buttons = {
-            name: self._button(name, pick) for name, pick in (everything | answers).items()
+            for k in range(conv.out_channels)
         }
-        rows = [
-            ipywidgets.Box(
-                [ipywidgets.VBox(card) for card in row],
-                layout={"flex_flow": "row wrap", "max_width": ROW},
+        # No drop-down lists: JupyterLab takes the arrow keys away from them.
+        self.level = ipywidgets.ToggleButtons(options=[(level.name, level) for level in levels])
+        self.level.style.button_width = "auto"
+        self.another = ipywidgets.Button(description="Another image", icon="image")
+        self.another.tooltip = "See on the cards what the filters find in the next class"
+        self.undo = ipywidgets.Button(description="Undo", icon="undo")
+        self.undo.tooltip = "Take back the last click; this is a click, too"
+        self.again = ipywidgets.Button(description="Start again", icon="refresh")
+        self.again.tooltip = "Switch all filters on, and count the clicks from 0"
+        self.taylor = ipywidgets.ToggleButton(description="Outline Taylor's choice (T)")
+        self.best = ipywidgets.ToggleButton(description="Outline the best (B)")
+        self.best.tooltip = "From then on, beating Taylor doesn't count until you start again"
+        controls = (self.undo, self.again, self.taylor, self.best, self.another)
+        for control in controls:
+            control.layout.width = "auto"
+        self.number = f"game-{next(NUMBERS)}"
+        self.maps, self.words = ipywidgets.HTML(), ipywidgets.HTML()
+        rows = [self._style(), self.maps, self.level, wrapped(controls), self.words]
+        for layer, name in enumerate(NAMES):
+            rows.append(ipywidgets.HTML(f"<b>{name.capitalize()}</b>"))
+            rows.append(wrapped(card for (i, _), card in self.cards.items() if i == layer))
+        self.widget = ipywidgets.VBox(rows)
+        for style in ("game", self.number):
+            self.widget.add_class(style)
+        self.start()
+        self.undo.on_click(lambda _: self.take_back())
+        self.again.on_click(lambda _: self.start())
+        self.another.on_click(lambda _: self.look_at_another())
+        self.level.observe(lambda _: self.start(), names="value")
+        for outline in (self.taylor, self.best):
+            outline.observe(lambda _: self._show(), names="value")
+
+    def start(self) -> None:
+        """Switch all filters on, and count from 0."""
+        self.on, self.before = {*self.cards}, []
+        self.clicks, self.peeked = 0, False
+        self.best.value = False
+        self._show()
+
+    def click(self, place: Place) -> None:
+        """Switch a filter off, or on again."""
+        self.before.append(self.on)
+        self._move(self.on ^ {place})
+
+    def take_back(self) -> None:
+        """Undo the last click; it counts as one more."""
+        self._move(self.before.pop())
+
+    def look_at_another(self) -> None:
+        """Show on the cards what the filters see in the next image."""
+        self.images.append(self.images.pop(0))
+        self._show()
+
+    def _move(self, on: set[Place]) -> None:
+        self.on = on
+        self.clicks += 1
+        self._show()
+
+    def _show(self) -> None:
+        level = self.level.value
+        missing = level.missing(*(sum(i == layer for i, _ in self.on) for layer in (0, 1)))
+        rivals = self.rivals.get(len(self.on), level.rivals) if missing else level.rivals
+        self.peeked |= self.best.value
+        over = level.clicks is not None and self.clicks >= level.clicks
+        self.undo.disabled = over or not self.before
+        for place, card in self.cards.items():
+            card.disabled = over
+            marks = {
+                "T": self.taylor.value and place in level.rivals.taylor,
+                "B": self.best.value and place in level.rivals.best,
+            }
+            self._look(card, place, marks)
+        self.maps.value = f"<style>{self._maps()}</style>"
+        said = self._said(level, rivals, missing)
+        self.words.value = f"<div role='status' aria-atomic='true'>{said}</div>"
+
+    def _said(self, level: Level, rivals: Rivals, missing: str) -> str:
+        lines = [f"<b>Goal: {goal(level)}</b>"]
+        clicks = f"{self.clicks} of {level.clicks}" if level.clicks else self.clicks
+        bar = ""
+        if {i for i, _ in self.on} != {0, 1}:
+            lines.append(NOTHING)
+        else:
+            loss, accuracy = self.losses.outcome(self.on)
+            rank, exact = rivals.ranks.rank(loss)
+            lines.append(f"Yours: loss <b>{loss:.4f} nats</b>, accuracy {accuracy:.1%}.")
+            if rivals.ranks.of > 1:
+                lines[-1] += (
+                    f" {rivals.who.capitalize()}, that is "
+                    f"{against(loss, rivals.taylor_loss, 'Taylor')} and "
+                    f"{against(loss, rivals.best_loss, 'the best')}; {'' if exact else 'about '}"
+                    f"{rank - 1:,} of all {rivals.ranks.of:,} are better."
+                )
+                bar = ladder(rivals, rank)
+            lines.append(self._won(level, loss, rank) if not missing else f"<b>{missing}</b>")
+        lines[-1] += f" Clicks: {clicks}.{personal_best(level)}"
+        if level.clicks and self.clicks >= level.clicks:
+            lines.append("<b>No click is left.</b> Start again?")
+        return "".join(f"<p>{line}</p>" for line in lines if line) + bar
+
+    def _won(self, level: Level, loss: float, rank: int) -> str:
+        by = level.rivals.taylor_loss - loss
+        if by <= ROUNDING:
+            return "Taylor still wins." if by < -ROUNDING else "A draw with Taylor."
+        if self.peeked:
+            return "That beats Taylor, but not with the best outlined: start again."
+        known = PERSONAL_BEST.get(level.name, (math.inf, 0))
+        if loss < known[0] - ROUNDING:
+            PERSONAL_BEST[level.name] = (loss, self.clicks)
+        best = " And nothing is better: this is the best of all." if rank == 1 else ""
+        return f"<b class='game-won' role='alert'>You beat Taylor, by {by:.3f} nats!{best}</b>"
+
+    # How it looks
+
+    def _card(self, layer: int, k: int) -> ipywidgets.Button:
+        card = ipywidgets.Button()
+        card.add_class("game-card")
+        card.add_class(f"game-card-{layer}-{k}")
+        card.on_click(lambda _: self.click((layer, k)))
+        return card
+
+    def _look(self, card: ipywidgets.Button, place: Place, marks: Mapping[str, bool]) -> None:
+        layer, k = place
+        state = "on" if place in self.on else "off"
+        card.description = " ".join([f"{k} {state}", *(mark for mark in marks if marks[mark])])
+        keeps = {"T": ", Taylor keeps it", "B": ", the best keeps it"}
+        words = "".join(keeps[mark] for mark in marks if marks[mark])
+        card.tooltip = f"Filter {k} of the {NAMES[layer]} is {state}{words}"
+        styles = {"game-off": state == "off", "game-taylor": marks["T"], "game-best": marks["B"]}
+        for style, wanted in styles.items():
+            (card.add_class if wanted else card.remove_class)(style)
+
+    def _rule(self, place: Place, declarations: str) -> str:
+        return f".{self.number} .game-card-{place[0]}-{place[1]} {{{declarations}}}"
+
+    def _style(self) -> ipywidgets.HTML:
+        colors = {"INK": INK, "YOU": LAYERS[0], "TAYLOR": METHODS["taylor"], "REMOVED": REMOVED}
+        style = STYLE
+        for name, color in colors.items():
+            style = style.replace(f"{name};", f"{color};")
+        limits = [conv.weight.abs().max().item() for conv in self.convs]
+        for layer, k in self.cards:
+            kernel = self.convs[layer].weight[k].detach()
+            size = (1, 1) if len(kernel) == 1 else (4, 2)
+            large, small = ("45px", "36px") if len(kernel) == 1 else ("90px 42px", "60px 28px")
+            picture = data_url(sheet(kernel / limits[layer], size))
+            style += self._rule(
+                (layer, k), f"--kernel: {picture}; --large: {large}; --small: {small}"
             )
-            for row in self.cards
-        ]
-        titles = [
-            ipywidgets.HTML(f"<b style='{WORDS}'>Convolution {i + 1}: {len(row)} filters</b>")
-            for i, row in enumerate(self.cards)
-        ]
-        alive = ipywidgets.HTML("<style>.game-is-off {display: none}</style>")
-        self.widget = ipywidgets.VBox(
-            [
-                alive,
-                self.words,
-                ipywidgets.Box(
-                    [*self.buttons.values(), self.chooser], layout={"flex_flow": "row wrap"}
-                ),
-                *(part for pair in zip(titles, rows, strict=True) for part in pair),
-            ]
-        )
-        self._update()
-
-    def _named(self):
-        return zip(self.layers, self.convs, strict=True)
-
-    def _card(self, i: int, k: int) -> list[ipywidgets.Widget]:
-        picture = ipywidgets.Image(layout={"width": CARD, "margin": "2px"})
-        button = ipywidgets.ToggleButton(value=True, layout={"width": CARD, "margin": "2px"})
-        button.observe(lambda _: self._update(), names="value")
-        return [picture, button]
-
-    def _button(self, name: str, pick: Callable[[int], Kept | None]) -> ipywidgets.Button:
-        button = ipywidgets.Button(description=name, layout={"width": "auto"})
-        button.tooltip = f"{name}, with as many filters as are on now"
-        button.on_click(lambda _: self._set(pick(sum(map(len, self.kept())))))
-        return button
-
-    def kept(self) -> list[list[int]]:
-        return [[k for k, (_, b) in enumerate(row) if b.value] for row in self.cards]
-
-    def _set(self, kept: Kept | None) -> None:
-        if kept is None:
-            return
-        self.busy = True
-        for layer, row in zip(self.layers, self.cards, strict=True):
-            for k, (_, button) in enumerate(row):
-                button.value = k in kept[layer]
-        self.busy = False
-        self._update()
-
-    def _update(self) -> None:
-        if self.busy:  # more buttons change, and one answer is enough
-            return
-        kept = self.kept()
-        self.words.value = f"<div role='status' style='{WORDS}'>{self._said(*kept)}</div>"
-        for i, maps in enumerate(self._maps(kept)):
-            for k, (picture, button) in enumerate(self.cards[i]):
-                on = k in kept[i]
-                looks = (on, maps[k].numpy().tobytes())
-                if self.shown.get((i, k)) == looks:  # only what changed travels to the browser
-                    continue
-                self.shown[i, k] = looks
-                kernel, limit = self.convs[i].weight.detach(), self.limits[i]
-                brightest = max(maps.max().item(), 1e-6)
-                picture.value = filter_card(kernel[k], maps[k] / brightest, limit, on)
-                button.description = f"{k} on" if on else f"{k} off"
-                button.icon = "check" if on else "times"
-                button.button_style = "info" if on else ""
-                button.tooltip = f"Filter {k} of convolution {i + 1} is {'on' if on else 'off'}"
+        return ipywidgets.HTML(f"<style>{style}</style>")
 
     @torch.no_grad()
-    def _maps(self, kept: list[list[int]]) -> list[Tensor]:
+    def _maps(self) -> str:
         """What every filter sees; those of the second layer through what is on in the first."""
-        layers = self.network.network
-        first = layers[:2](self.images[self.chooser.value][None])
-        passed = torch.zeros_like(first)
-        passed[:, kept[0]] = first[:, kept[0]]
-        return [first[0], layers[2:4](passed)[0]]
-
-    def _said(self, first: list[int], second: list[int]) -> str:
-        loss, accuracy = self.table.outcome(first, second)
-        size = len(first) + len(second)
-        macs = self.macs(len(first), len(second))
-        lines = [
-            f"<b>{size} filters</b>, {macs:,} multiply-adds ({macs / self.all_macs:.0%}): "
-            f"loss <b>{loss:.4f}</b> nats, accuracy <b>{accuracy:.1%}</b>, "
-            f"on {len(self.table.labels):,} training images"
-        ]
-        if not first or not second:
-            lines.append("A layer without filters lets nothing through: no network is left.")
-        else:
-            known = self.ranks[size]
-            rank, exact = known.rank(loss)
-            about = "" if exact else "about "
-            best = min(known.losses)
-            lines.append(
-                f"<b>rank {about}{rank:,}</b> of all {known.of:,} with {size} filters; "
-                f"{max(0, loss - best):.4f} nats above the best"
-            )
-        return "<br>".join(lines)
+        layers = self.losses.network.network
+        self.another.description = f"Another image than {self.images[0][0]}"
+        first = layers[:2](self.images[0][1][None])
+        passed = first.clone()
+        passed[:, [k for k in range(first.shape[1]) if (0, k) not in self.on]] = 0
+        maps = (first[0], layers[2:4](passed)[0])
+        bright = [(seen / seen.max().clamp(min=1e-6)).sqrt() for seen in maps]
+        return "".join(
+            self._rule((i, k), f"--map: {data_url(in_color(bright[i][k], 'magma'))}")
+            for i, k in self.cards
+        )
 
 
-def filter_card(kernel: Tensor, feature_map: Tensor, limit: float, on: bool = True) -> bytes:
-    """A small PNG for a card: a feature map beside its kernel; crossed out where it is off.
-
-    ``kernel`` (C, 3, 3), colored from -limit to limit; ``feature_map`` (H, W) from 0 to 1, whose
-    brightness is the square root of its values.
-    """
-    scale = 56 // feature_map.shape[0]
-    left = Image.fromarray(_shades("magma")[_in_256(feature_map.sqrt())]).resize(
-        [scale * n for n in feature_map.T.shape], 0
+def goal(level: Level) -> str:
+    """What to reach, in words."""
+    what = (
+        f"keep {level.size} of the 24 filters" if level.size else "keep half of the multiply-adds"
     )
-    columns = 1 if len(kernel) == 1 else 2
-    side = 24 if columns == 1 else 12
-    card = Image.new("RGBA", (left.width + 36, left.height))
-    card.paste(left)
+    within = f" within {level.clicks} clicks" if level.clicks else ""
+    taylor, best = level.rivals.taylor_loss, level.rivals.best_loss
+    return f"{what}{within}, and beat Taylor's {taylor:.3f} nats. The best there is has {best:.3f}."
+
+
+def against(mine: float, theirs: float, who: str) -> str:
+    if abs(mine - theirs) <= ROUNDING:
+        return f"as good as {who}"
+    return f"{abs(mine - theirs):.3f} {'worse' if mine > theirs else 'better'} than {who}"
+
+
+def personal_best(level: Level) -> str:
+    if level.name not in PERSONAL_BEST:
+        return ""
+    loss, clicks = PERSONAL_BEST[level.name]
+    return f" Your best at this level: {loss:.4f} nats, with {clicks} clicks."
+
+
+def ladder(rivals: Rivals, rank: int) -> str:
+    """A bar from the worst of all to the best; from line to line, ten times fewer are better."""
+    of = rivals.ranks.of
+
+    def place(rank: float) -> str:
+        return f"{100 * (1 - math.log(rank) / math.log(of)):.1f}%"
+
+    tenths = [10**power for power in range(1, math.ceil(math.log10(of)))]
+    lines = "".join(f"<i class='game-tenth' style='left: {place(n)}'></i>" for n in tenths)
+    theirs = rivals.ranks.rank(rivals.taylor_loss)[0]
+    words = f"You are at {place(rank)}, Taylor at {place(theirs)} of the way from worst to best"
+    return (
+        f"<div class='game-ends'><span>the worst of {of:,}</span>"
+        f"<span>line to line: ten times fewer are better</span><span>the best</span></div>"
+        f"<div class='game-ladder' role='img' aria-label='{words}'>"
+        f"<div class='game-you' style='width: {place(rank)}'></div>{lines}"
+        f"<div class='game-theirs' style='left: {place(theirs)}'><span>Taylor</span></div></div>"
+    )
+
+
+def wrapped(widgets: Iterable[ipywidgets.Widget]) -> ipywidgets.Box:
+    return ipywidgets.Box([*widgets], layout={"flex_flow": "row wrap", "max_width": "810px"})
+
+
+def sheet(kernel: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """The slices of a ``kernel`` (C, 3, 3) from -1 to 1 in a grid, one weight apart."""
+    columns, rows = grid
+    pixels = Image.new("RGBA", (4 * columns - 1, 4 * rows - 1))
     for i, part in enumerate(kernel):
-        colors = _shades("RdBu_r")[_in_256(0.5 + 0.5 * part / limit)]
-        at = (left.width + 4 + (i % columns) * (side + 2), (i // columns) * (side + 2))
-        card.paste(Image.fromarray(colors).resize((side, side), 0), at)
-    if not on:
-        card.putalpha(card.getchannel("A").point(lambda a: a // 4))
-        end = (left.width - 1, left.height - 1)
-        for line in ((0, 0, *end), (0, end[1], end[0], 0)):
-            ImageDraw.Draw(card).line(line, fill=REMOVED, width=4)
+        at = (4 * (i % columns), 4 * (i // columns))
+        pixels.paste(in_color(0.5 + 0.5 * part, "RdBu_r"), at)
+    return pixels
+
+
+def in_color(values: Tensor, name: str) -> Image.Image:
+    """A picture of ``values`` (H, W) from 0 to 1, a pixel each."""
+    return Image.fromarray(_shades(name)[(255 * values.clamp(0, 1)).byte().numpy()])
+
+
+def data_url(picture: Image.Image) -> str:
     file = io.BytesIO()
-    card.save(file, "PNG")
-    return file.getvalue()
+    picture.save(file, "PNG")
+    return f"url(data:image/png;base64,{base64.b64encode(file.getvalue()).decode()})"
 
 
 @cache
 def _shades(name: str) -> np.ndarray:
     return colormaps[name](np.arange(256), bytes=True)
-
-
-def _in_256(values: Tensor) -> np.ndarray:
-    return (255 * values.clamp(0, 1)).byte().numpy()
-
-
-def ten_images(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The first image of each class, by its name."""
-    return {name: images[labels == k][0] for k, name in enumerate(CLASSES)}

@@ -1,0 +1,224 @@
+"""The game: what the board says and shows, its levels, and whom one plays against."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from figures import game
+from long_runs import every_network as every
+from long_runs import levels as game_levels
+from long_runs.levels import Level, Ranks, Rivals
+from torch.utils.data import TensorDataset
+
+from cnn_pruning import CNN, evaluate, mask_filters
+
+ALL = {(0, k) for k in range(every.FIRST)} | {(1, k) for k in range(every.SECOND)}
+
+
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(5, 1, 28, 28, generator=generator)
+    return TensorDataset(images, torch.randint(10, (5,), generator=generator))
+
+
+DATA = dataset()
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """Of a network as initialized, but with larger weights, so that its filters matter."""
+    torch.manual_seed(0)
+    network = CNN(every.CHANNELS)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)
+    return game.Losses(network.eval(), *DATA.tensors)
+
+
+@pytest.fixture(scope="module")
+def everything(losses):
+    return every.all_losses(losses.network, *DATA.tensors)
+
+
+def some_places(generator):
+    on = {place for place in sorted(ALL) if torch.rand((), generator=generator) < 0.5}
+    return on | {(0, 3), (1, 7)}
+
+
+def rivals(losses, loss, best):
+    """Networks of which Taylor's has this loss, and the best that of ``best``."""
+    of = (losses.outcome(best)[0], 9.0)
+    return Rivals("with some filters", Ranks(1000, (1, 1000), of), ALL, loss, best)
+
+
+BEST = ALL - {(1, 4), (1, 9)}
+
+
+@pytest.fixture
+def board(losses, monkeypatch):
+    """With two levels: keep 22 filters, where Taylor is easily beaten; and 20 within 3 clicks."""
+    monkeypatch.setattr(game, "PERSONAL_BEST", {})
+    easy = rivals(losses, 100.0, BEST)
+    levels = [Level("easy", easy, 22), Level("hurry", easy, 20, clicks=3)]
+    images = {"a": DATA.tensors[0][0], "b": DATA.tensors[0][1]}
+    by_size = {size: easy for size in range(2, every.K + 1)}
+    return game.Board(losses, by_size, levels, images)
+
+
+def press(widget):
+    widget._click_handlers(widget)
+
+
+def off(board, *places):
+    for place in places:
+        press(board.cards[place])
+    return board.words.value
+
+
+def test_the_loss_and_the_accuracy_are_those_of_the_masked_network(losses):
+    generator = torch.Generator().manual_seed(1)
+    for on in (ALL, *(some_places(generator) for _ in range(5))):
+        removed = {
+            layer: [k for i, k in ALL - on if i == number]
+            for number, layer in enumerate(every.LAYERS)
+        }
+        with mask_filters(losses.network, removed):
+            expected = evaluate(losses.network, DATA)
+        assert losses.outcome(on) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_rank_rises_with_the_loss_and_is_exact_where_it_is_stored():
+    number = 100_000
+    losses = torch.linspace(0.2, 3, number, dtype=torch.float64).square()
+    stored = every.stored_ranks(number)
+    ranks = Ranks(number, stored, [losses[r - 1].item() for r in stored])
+    for rank in stored[:32]:
+        assert ranks.rank(losses[rank - 1].item()) == (rank, True)
+    found = [ranks.rank(loss)[0] for loss in torch.linspace(0, 9.1, 500).tolist()]
+    assert found == sorted(found)
+    assert found[0] == 1 and found[-1] == number
+    for rank in (50, 500, 50_000):
+        assert ranks.rank(losses[rank - 1].item())[0] == pytest.approx(rank, rel=0.05)
+
+
+def test_the_ranks_within_a_budget_are_close_to_those_among_all_such_networks(everything):
+    first, second = every.widths()
+    allowed = (first > 0) & (second > 0) & (every.macs_of(first, second) <= every.macs_of(4, 8))
+    among = everything[allowed].sort().values
+    pairs = pd.DataFrame(every.rows_of_pairs(0, everything))
+    pairs["best"] = pairs.best.map(every.text_of)
+    pairs = pairs[(pairs["first"] > 0) & (pairs.second > 0)]
+    whole = every.text_of(2**every.K - 1)
+    small = every.text_of(every.subset_of({"network.0": [2], "network.2": [3]}))
+    taylor = pd.DataFrame({"subset": {24: whole, 2: small}, "loss": {24: 0.1, 2: 7.0}})
+    found = game_levels.within(every.macs_of(4, 8), pairs, taylor)
+    assert found.ranks.of == len(among)
+    assert found.best_loss == pytest.approx(among[0].item(), abs=1e-5)
+    assert (found.taylor, found.taylor_loss) == ({(0, 2), (1, 3)}, 7.0)
+    for share in (1e-4, 0.01, 0.3, 0.9):
+        rank = int(share * len(among))
+        assert rank / 2 < found.ranks.rank(among[rank - 1].item())[0] < 2 * rank
+
+
+@pytest.mark.parametrize("seed", every.SEEDS[:3])
+def test_taylor_and_the_best_of_a_level_are_networks_that_may_compete(seed):
+    by_size, levels = game_levels.levels(seed)
+    assert [*by_size] == [*range(2, every.K + 1)]
+    for level in levels:
+        for kept in (level.rivals.taylor, level.rivals.best):
+            widths = [sum(i == layer for i, _ in kept) for layer in (0, 1)]
+            assert not level.missing(*widths)
+            assert level.missing(8, 16)
+        assert level.rivals.best_loss <= level.rivals.taylor_loss
+    for size, each in by_size.items():
+        assert len(each.taylor) == len(each.best) == size
+        assert each.ranks.of == every.number_of(size)
+
+
+def test_a_click_on_a_card_switches_its_filter_off_and_the_next_one_on_again(board):
+    before = board.words.value
+    card = board.cards[1, 3]
+    said = off(board, (1, 3))
+    assert card.description == "3 off" and "is off" in card.tooltip
+    assert "game-off" in card._dom_classes
+    assert said != before and f"{board.losses.outcome(ALL - {(1, 3)})[0]:.4f}" in said
+    off(board, (1, 3))
+    assert card.description == "3 on" and "game-off" not in card._dom_classes
+    assert board.on == ALL and "Clicks: 2." in board.words.value
+
+
+def test_undo_takes_back_one_click_after_the_other_and_counts(board):
+    off(board, (0, 1), (1, 2))
+    press(board.undo)
+    assert board.on == ALL - {(0, 1)}
+    press(board.undo)
+    assert board.on == ALL and board.undo.disabled
+    assert "Clicks: 4." in board.words.value
+    press(board.again)
+    assert "Clicks: 0." in board.words.value
+
+
+def test_who_beats_taylor_is_told_so_and_remembered(board):
+    assert "You beat Taylor" not in off(board, (0, 0))
+    assert "You beat Taylor" in off(board, (0, 2))
+    first = board.losses.outcome(board.on)[0]
+    assert game.PERSONAL_BEST == {"easy": (first, 2)}
+    press(board.again)
+    said = off(board, (1, 4), (1, 9))
+    best = board.losses.outcome(BEST)[0]
+    assert "the best of all" in said
+    assert game.PERSONAL_BEST["easy"][0] == min(first, best)
+
+
+def test_who_loses_is_not_told_that_they_won(board):
+    board.level.value = Level("hard", rivals(board.losses, -1.0, BEST), 22)
+    assert "Taylor still wins" in off(board, (0, 0), (0, 2))
+    assert game.PERSONAL_BEST == {}
+
+
+def test_outlines_leave_the_player_s_choice_alone_and_the_best_ends_the_contest(board):
+    off(board, (1, 4))
+    board.taylor.value = True
+    assert board.on == ALL - {(1, 4)}
+    assert "game-taylor" in board.cards[0, 0]._dom_classes
+    assert "Taylor keeps it" in board.cards[0, 0].tooltip
+    board.best.value = True
+    assert board.on == ALL - {(1, 4)}
+    assert ("game-best" in board.cards[1, 9]._dom_classes) is False
+    assert "You beat Taylor" not in off(board, (1, 9))
+    board.best.value = False
+    assert game.PERSONAL_BEST == {}
+    press(board.again)
+    assert "You beat Taylor" in off(board, (1, 4), (1, 9))
+
+
+def test_after_the_last_click_no_card_can_be_clicked(board):
+    board.level.value = board.level.options[1][1]
+    assert not board.cards[0, 0].disabled
+    assert "No click is left" in off(board, (0, 0), (0, 1), (0, 2))
+    assert all(card.disabled for card in board.cards.values()) and board.undo.disabled
+    press(board.again)
+    assert not any(card.disabled for card in board.cards.values())
+
+
+def test_the_cards_show_another_image_and_what_is_seen_through_the_first_layer(board):
+    shown = [board.maps.value]
+    press(board.another)
+    shown.append(board.maps.value)
+    off(board, (0, 5))
+    shown.append(board.maps.value)
+    assert len({*shown}) == 3
+
+
+def test_a_layer_without_filters_is_said_to_be_no_network(board):
+    said = off(board, *((0, k) for k in range(every.FIRST)))
+    assert "no network" in said and "game-ladder" not in said
+
+
+def test_the_bar_is_full_for_the_best_and_empty_for_the_worst(losses):
+    each = rivals(losses, 5.0, ALL)
+    assert "class='game-you' style='width: 100.0%'" in game.ladder(each, 1)
+    assert "class='game-you' style='width: 0.0%'" in game.ladder(each, 1000)
+    half = round(math.sqrt(1000))
+    assert "class='game-you' style='width: 50" in game.ladder(each, half)
