@@ -1,64 +1,140 @@
-"""The figures of notebook 7: the paper's loop, and what fine-tuning does to its gaps."""
+"""The figures of notebook 7: the loop, its steps, and what updates and a final fine-tuning do."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-from cnn_pruning.plots import INK, LAYERS, METHODS, REMOVED, subplots
+from cnn_pruning.iterative import Step
+from cnn_pruning.plots import (
+    INK,
+    LAYERS,
+    METHODS,
+    REMOVED,
+    STAYS,
+    bare_image,
+    headline,
+    label_ends,
+    look,
+    subplots,
+)
 
+import numpy
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
 
 
-def loop_diagram() -> Figure:
-    """The paper's loop: train a little, score in the same passes, remove, repeat."""
-    figure, ((axis,),) = subplots(1, 1, 10, 2.4)
-    boxes = {
-        "a trained\nnetwork": (0, INK),
-        "train a little": (2.2, LAYERS[0]),
-        "score each filter,\nin the same passes": (4.6, METHODS["taylor"]),
-        "remove\nthe lowest": (7, REMOVED),
-        "fine-tune": (9.2, LAYERS[0]),
-    }
-    arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
-    for words, (x, color) in boxes.items():
-        look = {"boxstyle": "round,pad=0.5", "fc": "none", "ec": color, "lw": 2}
-        axis.text(x, 0, words, ha="center", va="center", color=color, size=11, bbox=look)
-    for start, end in ((0.75, 1.35), (3.05, 3.5), (5.7, 6.3), (7.7, 8.5)):
-        axis.annotate("", (end, 0), (start, 0), arrowprops=arrow)
-    back = arrow | {"connectionstyle": "bar,fraction=-0.16"}
-    axis.annotate("", (2.2, -0.42), (7, -0.42), arrowprops=back)
-    axis.text(4.6, -1.15, "still too large", ha="center", va="top")
-    axis.text(8.1, 0.12, "small\nenough", ha="center", va="bottom", size=9)
-    axis.set(xlim=(-0.8, 9.9), ylim=(-1.6, 0.7))
+def loop_ring(kernels: Tensor) -> Figure:
+    """The paper's loop, drawn around the kernels (K, 3, 3) of a layer."""
+    figure, ((axis,),) = subplots(1, 1, 6.4, 4.4)
+    axis.set(xlim=(-2.3, 2.3), ylim=(-1.5, 1.5), aspect="equal")
     axis.axis("off")
+    stations = {
+        "train a little": (90, LAYERS[0]),
+        "score each filter,\nin the same passes": (0, METHODS["taylor"]),
+        "remove\nthe lowest": (270, REMOVED),
+        "small enough?\nIf not, again": (180, INK),
+    }
+    for words, (angle, color) in stations.items():
+        x, y = 1.65 * math.cos(math.radians(angle)), 1.15 * math.sin(math.radians(angle))
+        box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": color, "lw": 2}
+        axis.text(x, y, words, ha="center", va="center", color=INK, size=10, bbox=box)
+    bow = {"arrowstyle": "-|>", "color": INK, "lw": 1.4, "connectionstyle": "arc3,rad=-0.25"}
+    for x, y in ((1, 1), (1, -1), (-1, -1), (-1, 1)):  # clockwise, from the top
+        ends = [(0.75 * x, 1.15 * y), (1.6 * x, 0.5 * y)]
+        axis.annotate("", ends[x * y > 0], ends[x * y < 0], arrowprops=bow)
+    count = len(kernels)
+    for k, kernel in enumerate(kernels):
+        inset = axis.inset_axes((0.29 + 0.42 * k / count, 0.44, 0.38 / count, 0.12))
+        bare_image(inset, kernel, cmap="gray")
+        if k == count - 1:
+            inset.add_patch(Rectangle((-0.5, -0.5), 3, 3, fill=False, ec=REMOVED, lw=3))
     return figure
 
 
-def dots_by_size(
-    sizes: Mapping[str, pd.DataFrame],
-    methods: Sequence[str],
-    colors: Mapping[str, str],
-    hollow: Sequence[str],
-) -> Figure:
-    """Accuracy (%) before and after a fine-tuning: a panel a size, a row a method.
+def filters_left(steps: Sequence[Step], number: int) -> Figure:
+    """The network after ``number`` removals: its filters, and its accuracy on the way there."""
+    figure, ((above,), (below,)) = subplots(2, 1, 7.5, 4.6, height_ratios=(2, 3))
+    when = {(n, k): at for at, s in enumerate(steps, 1) for n, ks in s.removed.items() for k in ks}
+    first = steps[0]
+    widths = {name: len(first.kept[name]) + len(first.gone[name]) for name in first.kept}
+    for row, (name, width) in enumerate(widths.items()):
+        for k in range(width):
+            gone = when.get((name, k), math.inf) <= number
+            color = STAYS if gone else LAYERS[row]
+            above.add_patch(Rectangle((k, -row), 0.88, 0.8, fc="none" if gone else color, ec=color))
+            words = {"ha": "center", "va": "center", "size": 8, "color": INK if gone else "white"}
+            above.text(k + 0.44, 0.4 - row, when[name, k] if gone else k, **words)
+    above.set(xlim=(-0.2, max(widths.values())), ylim=(1 - len(widths) - 0.2, 1))
+    above.set_yticks([0.4 - row for row in range(len(widths))], ["first layer", "second layer"])
+    above.set(xticks=[])
+    above.spines[:].set_visible(False)
+    above.set_title("filled: a filter and its number; empty: at which removal it went", size=9)
+    accuracy = [100 * step.val_accuracy for step in steps]
+    below.plot(range(1, len(steps) + 1), accuracy, color=STAYS)
+    below.plot(range(1, number + 1), accuracy[:number], **look("taylor"))
+    below.set(xlabel="removals", ylabel="validation accuracy (%)", xlim=(0, len(steps) + 1))
+    below.xaxis.get_major_locator().set_params(integer=True)
+    left = steps[number - 1]
+    headline(
+        figure,
+        f"{left.filters} filters, {left.parameters:,} parameters, {left.macs:,} multiply-adds: "
+        f"{left.val_accuracy:.1%}",
+    )
+    return figure
 
-    Each table of ``sizes`` has the columns ``method``, ``val_before`` and ``val_accuracy``. A dot
-    is the mean over its rows, and the bar goes from the lowest to the highest. The dots of
-    ``hollow`` methods, which share their color with another, are empty.
+
+def bands(shares: Sequence[float], found: Mapping[str, numpy.ndarray], xlabel: str) -> Figure:
+    """Median and quartiles of accuracy (%), over the baselines of each method (n, shares)."""
+    figure, ((axis,),) = subplots(1, 1, 7.5, 4.4)
+    for method, accuracy in found.items():
+        line = look(method)
+        low, high = numpy.percentile(accuracy, (25, 75), axis=0)
+        axis.fill_between(100 * shares, low, high, color=line["color"], alpha=0.2, lw=0)
+        axis.plot(100 * shares, numpy.median(accuracy, 0), label=method, markevery=3, **line)
+    axis.set(xlabel=xlabel, ylabel="validation accuracy after a removal (%)")
+    axis.set(xlim=(100, 100 * min(shares)), ylim=(50, 92))
+    return figure
+
+
+def by_updates(table: pd.DataFrame) -> Figure:
+    """Accuracy (%), mean over the way down, against the updates between two removals."""
+    figure, ((axis,),) = subplots(1, 1, 7.5, 3.6)
+    way = 100 * table.groupby(["method", "updates", "seed"]).val_accuracy.mean()
+    places = {count: x for x, count in enumerate(sorted(table.updates.unique()))}
+    for offset, method in enumerate(sorted(table.method.unique())):
+        found = way[method].groupby("updates").agg(["mean", "min", "max"])
+        x = [places[count] + 0.08 * offset for count in found.index]
+        axis.vlines(x, found["min"], found["max"], color=look(method)["color"], lw=1.5)
+        axis.plot(x, found["mean"], label=method, **look(method))
+    axis.set_xticks(range(len(places)), places)
+    axis.set(xlabel="updates between removals", ylabel="accuracy, mean over the way (%)")
+    headline(figure, "The first ten updates between removals bring most of the gain")
+    label_ends(axis)
+    return figure
+
+
+def dumbbells(table: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """Validation accuracy (%) before and after the last training: a panel a size, a row a method.
+
+    ``table`` has the columns ``share``, ``method``, ``val_before`` and ``val_accuracy``; points are
+    means over its rows.
     """
-    figure, axes = subplots(2, len(sizes), 12, 6.2, sharex="row", sharey=True)
-    for row, column in zip(axes, ("val_before", "val_accuracy"), strict=True):
-        for axis, (title, table) in zip(row, sizes.items(), strict=True):
-            found = 100 * table.groupby("method")[column].agg(["mean", "min", "max"])
-            axis.set_yticks(range(len(methods)), methods)
-            axis.grid(axis="y", lw=0.3)
-            for y, name in enumerate(methods):
-                mean, low, high = found.loc[name]
-                axis.plot([low, high], [y, y], color=colors[name], lw=1.5)
-                fill = "none" if name in hollow else colors[name]
-                axis.plot(mean, y, "o", color=colors[name], mfc=fill, mew=1.5)
-            if column == "val_before":
-                axis.set_title(title)
-    axes[0, 0].invert_yaxis()
-    for axis, when in zip(axes[:, len(sizes) // 2], ("before", "after"), strict=True):
-        axis.set_xlabel(f"validation accuracy {when} the fine-tuning (%): mean, lowest to highest")
+    shares = sorted(table.share.unique(), reverse=True)
+    figure, axes = subplots(len(shares), 1, 7.5, 2.4 * len(shares), sharex=True)
+    for axis, share in zip(axes[:, 0], shares, strict=True):
+        means = (
+            100
+            * table[table.share == share].groupby("method")[["val_before", "val_accuracy"]].mean()
+        )
+        for y, method in enumerate(methods):
+            before, after = means.loc[method]
+            color = look(method)["color"]
+            axis.plot([before, after], [y, y], color=color, lw=1.5)
+            axis.plot(before, y, "o", color=color, mfc="white")
+            axis.plot(after, y, "o", color=color)
+        axis.set_yticks(range(len(methods)), methods)
+        axis.invert_yaxis()
+        axis.set_title(f"at most {share:.0%} of the multiply-adds", size=10)
+    axes[-1, 0].set_xlabel("validation accuracy (%): empty before the fine-tuning, filled after")
     return figure

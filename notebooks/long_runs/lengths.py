@@ -50,7 +50,7 @@ SAME_EPOCHS, SAME_COMPUTE = "scratch, same epochs", "scratch, same compute"
 WHOLE = "baseline, more epochs"
 METHODS = (TAYLOR, WEIGHT, RANDOM, SAME_EPOCHS, SAME_COMPUTE)
 CORE = tuple(
-    itertools.product([0.25], (TAYLOR, RANDOM, SAME_EPOCHS), (1, 5, 10))
+    itertools.product([0.25], (TAYLOR, RANDOM, SAME_EPOCHS, SAME_COMPUTE), (1, 5, 10))
 )  # (share, method, length), for all seeds before anything else
 TABLE = whole_tables.FOLDER / "lengths.csv"
 

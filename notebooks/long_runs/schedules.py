@@ -38,7 +38,7 @@ CRITERIA = {
     "APoZ": "apoz",
     "random": "random",
 }
-LIKE_TAYLOR = "random, like taylor"
+SAME_LAYERS = "random, same layers"
 WAY = whole_tables.FOLDER / "schedules.csv"
 POINTS = whole_tables.FOLDER / "operating_points.csv"
 
@@ -61,7 +61,7 @@ def schedule(
 ) -> Iterator[Step]:
     """The steps of ``method`` down to one filter a layer.
 
-    ``"random, like taylor"`` takes, at each step, a random filter of the layer that the same step
+    ``"random, same layers"`` takes, at each step, a random filter of the layer that the same step
     of ``like`` took one from.
     """
     options = {"criterion": CRITERIA.get(method, "random")}
@@ -71,7 +71,7 @@ def schedule(
         options = on_some(train, "taylor", UPDATES, seed, normalize)
     elif method == "random":
         options["rescore"] = lambda network, scores: scores
-    elif method == LIKE_TAYLOR:
+    elif method == SAME_LAYERS:
         layers = [layer for step in like for layer, filters in step.removed.items() if filters]
         options["rescore"] = only_of(iter(layers))
     torch.manual_seed(seed)  # for the random scores
@@ -118,7 +118,7 @@ def row(step: Step, **labels) -> dict:
 
 def on_the_way(model: CNN, train, val, seed: int) -> tuple[list[dict], dict[str, list[Step]]]:
     rows, found = [], {}
-    for method in (*CRITERIA, LIKE_TAYLOR):
+    for method in (*CRITERIA, SAME_LAYERS):
         like = found.get("taylor", ())
         found[method] = list(schedule(model, train, val, method, UPDATES, seed, like))
         rows += [row(step, seed=seed, method=method, updates=UPDATES) for step in found[method]]
@@ -185,7 +185,7 @@ def fine_tuned(model: CNN, splits: tuple, seed: int, found: dict[str, list[Step]
             fit(scratch, train, val, epochs, BASELINE["batch_size"], BASELINE["lr"], seed)
             add(method, share, scratch, epochs, 0, None)
     fit(model, train, val, seed=seed, **FINE_TUNE)
-    add("baseline, trained on", 1.0, model, FINE_TUNE["epochs"], BASELINE["epochs"], None)
+    add("baseline, more epochs", 1.0, model, FINE_TUNE["epochs"], BASELINE["epochs"], None)
     return rows
 
 

@@ -77,7 +77,7 @@ def compare(seed: int, splits: tuple) -> list[dict]:
     add("random in the same layers, fine-tuned", random)
 
     train_more(model)
-    add("baseline, trained on", model)
+    add("baseline, more epochs", model)
 
     torch.manual_seed(seed)
     scratch = CNN(small.channels)
