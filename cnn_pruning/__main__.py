@@ -206,10 +206,10 @@ def main(arguments: list[str] | None = None) -> int:
         with signals_interrupt():
             options = parse(arguments)
             try:
-                place = ranks.start(options.device)
-                ranks.same_settings({n: x for n, x in vars(options).items() if n != "data"})
-                options.device = place
+                given = {n: value for n, value in vars(options).items() if n != "data"}
+                options.device = ranks.start(options.device)
                 splits = [ranks.divide(data) for data in fashion_mnist(options.data)]
+                ranks.agree(splits[0], **given)
                 if ranks.is_first():  # after the data, because the first call makes a database
                     tracking.connect()
             except (OSError, ValueError) as error:

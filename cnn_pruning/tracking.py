@@ -73,6 +73,10 @@ class _AtFirstUse:
     """``mlflow``, imported when something of it is used, because that takes two seconds."""
 
     def __getattr__(self, name: str) -> object:
+        try:
+            Path.home()
+        except RuntimeError:  # nobody knows the user, whose home MLflow wants to know
+            os.environ["HOME"] = tempfile.gettempdir()
         return getattr(importlib.import_module("mlflow"), name)
 
 
@@ -91,13 +95,11 @@ def _default_uri() -> str:
 
 
 def _check_answer(uri: str) -> None:
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
     try:
+        host = mlflow.utils.credentials.get_default_host_creds(uri)
         settings = {"max_retries": 0, "retry_codes": (), "timeout": ANSWER_WITHIN}
         with deadline(ANSWER_WITHIN):
-            answer = http_request(get_default_host_creds(uri), "/health", "GET", **settings)
+            answer = mlflow.utils.rest_utils.http_request(host, "/health", "GET", **settings)
         if answer.status_code >= 500:  # below, it refuses this page, but it answers
             raise ConnectionError(f"{answer.status_code} {answer.reason}")
     except Exception as error:
@@ -133,9 +135,7 @@ def _folder_of_this_machine(uri: str) -> Path:
     """
     if path := _sqlite_path(uri):
         return Path(f"{path}.running")
-    homes = [Path(tempfile.gettempdir())]
-    with suppress(RuntimeError):  # nobody knows this user
-        homes.insert(0, Path.home())
+    homes = Path.home(), Path(tempfile.gettempdir())
     home = next(each for each in homes if os.access(each, os.W_OK))
     return home / ".cnn-pruning" / quote(_shown(uri).partition("://")[2], safe="")
 
@@ -207,10 +207,10 @@ def _files() -> str | None:
 
 def _experiment() -> str:
     """The id of the experiment that the user has set, or else of the project's."""
-    from mlflow.tracking import fluent
-
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    chosen = getattr(fluent, "_active_experiment_id", None)  # by mlflow.set_experiment
+    chosen = getattr(
+        mlflow.tracking.fluent, "_active_experiment_id", None
+    )  # by mlflow.set_experiment
     if chosen or (not name and (chosen := os.environ.get("MLFLOW_EXPERIMENT_ID"))):
         return chosen
     found = mlflow.get_experiment_by_name(name or EXPERIMENT)
@@ -296,7 +296,12 @@ def run(name: str, parent: str | None = None) -> Iterator["ActiveRun"]:
         with _recording(f"start the run {name!r}"):
             above = mlflow.get_run(parent) if parent else mlflow.active_run()
             experiment = above.info.experiment_id if above else _experiment()
-            name = _free_name(name, parent, experiment)
+            if parent:
+                under = f"tags.`mlflow.parentRunId` = '{parent}'"
+                found = mlflow.search_runs([experiment], under, output_format="list")
+                taken = {each.info.run_name for each in found}
+                names = (f"{name} {number}" for number in itertools.count(2))
+                name = next(each for each in itertools.chain([name], names) if each not in taken)
             lock = f"{experiment}.{uuid4().hex}"
             folder = _folder_of_this_machine(mlflow.get_tracking_uri())
             until_it_ends.enter_context(held(folder, lock))
@@ -310,16 +315,6 @@ def run(name: str, parent: str | None = None) -> Iterator["ActiveRun"]:
         except BaseException as error:
             _end_with(error, name, lock)
             raise
-
-
-def _free_name(name: str, parent: str | None, experiment: str) -> str:
-    if parent is None:
-        return name
-    under = f"tags.`mlflow.parentRunId` = '{parent}'"
-    found = mlflow.search_runs([experiment], under, output_format="list")
-    taken = {each.info.run_name for each in found}
-    names = itertools.chain([name], (f"{name} {number}" for number in itertools.count(2)))
-    return next(each for each in names if each not in taken)
 
 
 def _end_with(error: BaseException, name: str, lock: str) -> None:
@@ -352,11 +347,8 @@ def _recording(
     except NotRecorded:
         raise
     except Exception as error:
-        lies = (
-            f", but its network lies in {_kept(active)}"
-            if active and _kept(active).exists()
-            else ""
-        )
+        kept = _kept(active) if active else None
+        lies = f", but its network lies in {kept}" if kept and kept.exists() else ""
         raise NotRecorded(
             f"MLflow at {_shown(mlflow.get_tracking_uri())} could not {what} ({_reason(error)}): "
             f"what would follow is lost{lies}."
@@ -461,10 +453,8 @@ def log_data(data: Dataset, name: str) -> None:
 
 def _described(data: Dataset, name: str) -> "NumpyDataset":
     whole = isinstance(data, TensorDataset)
-    images, labels = (
-        x.numpy() for x in (data.tensors if whole else next(iter(batches(data, 100))))
-    )
-    return mlflow.data.from_numpy(images, targets=labels, name=name)
+    images, labels = data.tensors if whole else next(iter(batches(data, 100)))
+    return mlflow.data.from_numpy(images.numpy(), targets=labels.numpy(), name=name)
 
 
 @_recorded
@@ -557,17 +547,19 @@ def read_network(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        if model is not None:
-            model.load_state_dict(saved["state_dict"])
-            return model
         with torch.device("meta"):  # takes no memory, whatever the file says about widths
-            model = CNN(saved["channels"])
-        model.load_state_dict(saved["state_dict"], assign=True)
+            new = CNN(saved["channels"]) if model is None else copy.deepcopy(model)
+        new.load_state_dict(saved["state_dict"], assign=True)
     except OSError:
         raise
     except Exception as error:  # whatever torch and pickle raise on what isn't theirs
         raise ValueError(f"{path} does not hold a network ({_reason(error)}).") from error
-    return model
+    if model is not None:
+        model.load_state_dict(new.state_dict())
+        return model
+    for parameter in new.parameters():  # in training they may lie otherwise
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return new
 
 
 @_recorded

@@ -1,8 +1,10 @@
 """What several processes compute together is what one process computes alone."""
 
+import itertools
 import os
 import re
 import signal
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -11,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import assert_same, state_of
-from stores import runs
+from stores import Pairs, runs
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit
 from cnn_pruning.criteria import CRITERIA
 from cnn_pruning.experiments import ranks
+from cnn_pruning.experiments.data import batches, epoch
 from cnn_pruning.experiments.ranks import divide, pool
 from cnn_pruning.experiments.training import refresh_batch_norms
 from cnn_pruning.iterative import prune_iteratively
@@ -25,17 +28,11 @@ from cnn_pruning.iterative import prune_iteratively
 CLASSES = 3
 
 
-class Pairs(Dataset):
-    """A dataset that is read item by item."""
-
-    def __init__(self, data):
-        self.pairs = [(image, int(label)) for image, label in data]
-
-    def __len__(self):
-        return len(self.pairs)
+class Unread(Pairs):
+    """A dataset whose files are gone."""
 
     def __getitem__(self, i):
-        return self.pairs[i]
+        raise OSError("no file")
 
 
 def dataset(size, seed=0):
@@ -192,12 +189,51 @@ def alone():
     }
     if rank == 0:
         found["first alone"] = filter_scores(network(), TRAIN)
-    found["seeds"] = ranks._of_all(ranks.seed_of_rank(7, divide(TRAIN)))
+    found["seeds"] = ranks.of_all(divide(TRAIN), ranks.seed_of_rank(7, divide(TRAIN)))
 
     def refused(function):
-        with pytest.raises((ValueError, FloatingPointError, TypeError)) as error:
+        with pytest.raises((ValueError, FloatingPointError, TypeError, ranks.RankLost)) as error:
             function()
         return str(error.value)
+
+    def off(data, **changed):
+        """Shared data that are other ones on the last rank, as after an error in a file there."""
+        shared = divide(data)
+        if rank == several - 1:
+            images, labels = (tensor.clone() for tensor in data.tensors)
+            labels[:] = changed.get("label", labels)
+            shared.data = Unread(data) if "unread" in changed else TensorDataset(images, labels)
+        return shared
+
+    mine = rank == several - 1
+    flipped = TensorDataset(*(t.flip(0) if mine else t for t in TRAIN.tensors))
+    moved = network(norm=True)
+    moved.norm.running_mean.fill_(rank)
+    trained = network()
+    before = state_of(trained)
+    found["together"] = {
+        "batch_size": refused(lambda: evaluate(network(), divide(TRAIN), batch_size=4 + mine)),
+        "batch_size ": refused(
+            lambda: filter_scores(network(), divide(TRAIN), batch_size=4 + mine)
+        ),
+        "epochs": refused(lambda: fitted(divide(TRAIN), VAL, epochs=1 + mine)),
+        "lr": refused(lambda: fitted(divide(TRAIN), VAL, lr=1e-3 * (1 + mine))),
+        "seed": refused(lambda: fitted(divide(TRAIN), VAL, seed=int(mine))),
+        "cost": refused(lambda: evaluate(network(), divide(TRAIN), cost=cost if mine else None)),
+        "epochs must": refused(lambda: fitted(divide(TRAIN), VAL, epochs=-1 if mine else 1)),
+        "data that differ": refused(lambda: divide(flipped)),
+        "data that differ ": refused(lambda: divide(Pairs(flipped))),
+        "network": refused(lambda: evaluate(moved, divide(TRAIN))),
+        "labels must": refused(lambda: evaluate(network(), off(TRAIN, label=7))),
+        "labels must ": refused(lambda: fitted(off(TRAIN, label=7), VAL, trained, **FIT)),
+        "has stopped: no file.": refused(lambda: evaluate(network(), off(TRAIN, unread=True))),
+        "different calls": refused(
+            lambda: evaluate(network(), divide(TRAIN)) if mine else fitted(divide(TRAIN), VAL)
+        ),
+    }
+    assert_same(state_of(trained) | {"random": None}, before | {"random": None})
+    timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+    assert all(each.finished.is_set() for each in timers)
 
     torch.manual_seed(0)
     normed = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES), nn.BatchNorm1d(CLASSES)).double()
@@ -225,10 +261,12 @@ def late():
     with warnings.catch_warnings(record=True) as said, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         patch.setattr(ranks, "PATIENCE", 0.1)
-        if dist.get_rank() == dist.get_world_size() - 1:
-            time.sleep(0.5)
+        wait = 0.5 if dist.get_rank() == dist.get_world_size() - 1 else 0
+        time.sleep(wait)
         evaluate(network(), data)
-    return [str(warning.message) for warning in said]
+        scoring = len(said)
+        fitted(data, VAL, epochs=2, on_epoch=lambda row: time.sleep(wait))
+    return [str(warning.message) for warning in said], scoring
 
 
 def one_dies():
@@ -377,12 +415,62 @@ def test_what_the_ranks_can_not_do_together_is_refused_by_all(together):
         assert "learning rate lower" in errors["loss"] and "an lr lower" in errors["steps"]
 
 
+def test_what_one_rank_has_otherwise_or_can_not_use_all_ranks_refuse_alike(together):
+    for name, sentence in together[0][1]["together"].items():
+        assert name.strip() in sentence
+
+
+@pytest.mark.parametrize("several", [1, 2, 3, 4, 5])
+def test_each_image_counts_once_and_alike_however_many_ranks_share_few(monkeypatch, several):
+    monkeypatch.setattr(ranks, "_of_all", lambda what, value: [value])  # they don't meet
+    for images, batch_size in itertools.product([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]):
+        data = TensorDataset(torch.arange(images).view(-1, 1), torch.zeros(images).long())
+        read = []
+        for rank in range(several):
+            shared = object.__new__(ranks.Shared)
+            shared.data, shared.whole, shared.length = data, True, images
+            shared.rank, shared.ranks, shared.part = rank, several, slice(rank, None, several)
+            loader = batches(shared, batch_size, torch.Generator().manual_seed(0))
+            read.append(list(epoch(loader, shared, batch_size)))
+            alone = [x for part, _ in batches(shared, batch_size) for x in part.flatten().tolist()]
+            assert alone == [i for i in range(images) if i % batch_size % several == rank]
+        seen = torch.zeros(images)
+        left = images
+        for step in zip(*read, strict=True):  # every rank takes part in every one
+            size, weight = min(batch_size, left), torch.zeros(images)
+            left -= size
+            for part, _, divisor in step:  # ranks' gradients are averaged
+                weight[part.flatten()] += 1 / divisor / several
+            assert weight[weight > 0].tolist() == pytest.approx([1 / size] * size)
+            seen += weight > 0
+        assert (seen == 1).all()
+
+
+def test_the_gpu_of_a_process_is_that_of_its_number_on_its_machine(monkeypatch):
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    joined = []
+    monkeypatch.setattr(dist, "init_process_group", joined.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("RANK", "3")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert ranks.start(torch.device("cuda")) == torch.device("cuda", 1)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(ValueError, match="this machine has 2"):
+            ranks.start(torch.device("cuda"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert joined == ["nccl"]
+
+
 def test_who_waits_for_a_rank_says_so(folder):
-    *waiting, last = [torch.load(file) for file in sorted(folder.glob("late-*.pt"))]
-    assert last == []
-    for rank, said in enumerate(waiting):
-        assert len(said) == 1
-        assert f"Rank {rank} has waited for the other ranks" in said[0]
+    *waiting, _ = [torch.load(file) for file in sorted(folder.glob("late-*.pt"))]
+    for rank, (said, scoring) in enumerate(waiting):
+        assert 0 < scoring < len(said)  # and again in training
+        for sentence in said:
+            assert f"Rank {rank} has waited for the other ranks" in sentence
 
 
 def test_a_rank_that_dies_ends_the_training_of_the_others_with_their_weights_restored(folder):
@@ -426,6 +514,22 @@ def test_a_rank_that_dies_ends_the_command_with_one_sentence(commands):
     assert len(said(errors)) == 1, errors
     assert re.search("other ranks|another process", said(errors)[0])
     assert "MLflow run " not in printed
+
+
+def test_without_the_store_of_torchrun_every_rank_says_why_it_stops(monkeypatch, capsys):
+    def gone(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "TCPStore", gone)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "9")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ranks.say("why")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "why\n"
 
 
 def test_of_several_ranks_one_says_why_they_stop(monkeypatch, capsys):

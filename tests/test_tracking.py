@@ -572,7 +572,9 @@ def test_without_a_home_it_lies_among_the_temporary_files(tmp_path, monkeypatch,
 
     with place(tmp_path):
         if trouble == "unknown user":
-            monkeypatch.setattr(Path, "home", failing(RuntimeError("Could not determine it.")))
+            monkeypatch.delenv("HOME")
+            monkeypatch.setattr("pwd.getpwuid", failing(KeyError("uid not found")))
+            assert tracking.mlflow.get_tracking_uri()
         else:
             monkeypatch.setattr(os, "access", access)
         folder = tracking._folder_of_this_machine("https://runs.example")
@@ -587,7 +589,9 @@ def test_a_network_that_was_logged_is_read_with_equal_logits(store, channels):
     model = network(channels)
     with tracking.run("network") as active:
         tracking.log_network(model)
+    random = torch.get_rng_state()
     loaded = tracking.load_network(active.info.run_id)
+    assert_same(torch.get_rng_state(), random)
     assert loaded.channels == channels
     assert_same(logits(loaded), logits(model))
     assert artifacts(active.info.run_id) == ["network.pt", "summary.txt"]

@@ -4,10 +4,11 @@ from itertools import chain
 import pytest
 import torch
 from networks import assert_same, state_of
+from stores import Pairs
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from cnn_pruning import evaluate, filter_scores, fit
 from cnn_pruning.experiments.data import batches
@@ -40,17 +41,6 @@ def bright_or_dark(size, seed=0):
     images[labels == 0, :, :2] += 0.5
     images[labels == 1, :, 2:] += 0.5
     return TensorDataset(images, labels)
-
-
-class Pairs(Dataset):
-    def __init__(self, data):
-        self.pairs = [(image, int(label)) for image, label in data]
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, i):
-        return self.pairs[i]
 
 
 TRAIN, VAL = bright_or_dark(40), bright_or_dark(20, seed=1)

@@ -1,6 +1,5 @@
 """FashionMNIST as tensors, split into train, validation and test; mini-batches."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
@@ -21,9 +20,10 @@ from torch.utils.data import (
     default_collate,
 )
 from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import check_integrity
 
 from cnn_pruning.experiments.paths import ROOT, locked_folder
-from cnn_pruning.experiments.ranks import Shared, agree, is_empty_part, of_all, own
+from cnn_pruning.experiments.ranks import Shared, agree, of_all, own
 from cnn_pruning.network.checks import integer, shown
 from cnn_pruning.network.passes import Inputs
 
@@ -176,7 +176,8 @@ def few_images(data: Dataset | Inputs, count: int = 2) -> Inputs:
         return data[:count]
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
         return [x[:count] for x in data]
-    images = next(iter(batches(own(data), count)))[0] if not is_empty_part(data) else None
+    elsewhere = isinstance(data, Shared) and len(data) and not len(data.data)
+    images = None if elsewhere else next(iter(batches(own(data), count)))[0]
     return next(x for x in of_all(data, images) if x is not None)
 
 
@@ -214,15 +215,8 @@ def _floats(pixels: Tensor, labels: Tensor) -> TensorDataset:
 
 def _damaged(root: Path, md5: dict[str, str]) -> list[Path]:
     """The files of ``md5`` that are missing from ``root`` or differ from their sums."""
-    raw = root / "FashionMNIST" / "raw"
-    return [raw / name for name, expected in md5.items() if _md5(raw / name) != expected]
-
-
-def _md5(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+    files = {root / "FashionMNIST" / "raw" / name: expected for name, expected in md5.items()}
+    return [path for path, expected in files.items() if not check_integrity(path, expected)]
 
 
 def _extract(root: Path) -> None:
@@ -235,9 +229,8 @@ def _extract(root: Path) -> None:
             for archive in _damaged(root, _ARCHIVE_MD5):
                 if archive.exists():
                     raise ValueError(
-                        f"{archive} is damaged (its MD5 sum is {_md5(archive)}, not "
-                        f"{_ARCHIVE_MD5[archive.name]}): restore it with `git checkout`, or "
-                        "delete it to have it downloaded."
+                        f"{archive} is damaged (its MD5 sum isn't {_ARCHIVE_MD5[archive.name]}): "
+                        "restore it with `git checkout`, or delete it to have it downloaded."
                     )
             for file in damaged:
                 file.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
@@ -31,7 +31,11 @@ PATIENCE = 60  # seconds that a rank waits for the others without a word
 
 
 class RankLost(ConnectionError):
-    """Another rank has stopped, or doesn't do what this one does."""
+    """Another rank has stopped without a word, or doesn't do what this one does."""
+
+
+class Refused(ValueError):
+    """What one rank can't do, or has otherwise: all ranks raise it, with the same sentence."""
 
 
 # What each rank reads
@@ -50,11 +54,9 @@ class Shared(Dataset):
         lengths = [length for length, _ in found]
         if whole and len(set(found)) > 1:
             kind = f"of different lengths, {lengths}" if len(set(lengths)) > 1 else "that differ"
-            raise _told(
-                ValueError(
-                    f"The ranks have data {kind}: hand all of the data to every rank, in the same "
-                    "order, or, where each has a part of its own, use pool."
-                )
+            raise Refused(
+                f"The ranks have data {kind}: hand all of the data to every rank, in the same "
+                "order, or, where each has a part of its own, use pool."
             )
         self.length = len(data) if whole else sum(lengths)
 
@@ -98,24 +100,12 @@ def own(data: Dataset) -> Dataset:
     return data.data if isinstance(data, Shared) else data
 
 
-def is_empty_part(data: Dataset) -> bool:
-    """Whether this process has nothing of shared data."""
-    return isinstance(data, Shared) and not data.whole and not len(data.data) and len(data) > 0
-
-
 # What the ranks share
 
 
 def agree(data: Dataset, **settings: object) -> None:
-    """Raise ``ValueError``, on every rank, if the ranks that share ``data`` differ in a setting."""
-    if isinstance(data, Shared):
-        same_settings(settings)
-
-
-def same_settings(settings: Mapping[str, object]) -> None:
-    """Raise ``ValueError``, on every rank, if there are several and they differ in a setting.
-
-    Functions are compared by their names.
+    """Raise ``Refused`` if the ranks that share ``data`` differ in a setting, or in the name of one
+    that is a function.
     """
 
     def word(value: object) -> str:
@@ -123,28 +113,25 @@ def same_settings(settings: Mapping[str, object]) -> None:
             return getattr(value, "__qualname__", type(value).__qualname__)
         return repr(sorted(value) if isinstance(value, set | frozenset) else value)
 
-    if not _several():
+    if not isinstance(data, Shared):
         return
-    words = {name: word(value) for name, value in settings.items()}
-    first, *others = _of_all(", ".join(settings), words)
+    first, *others = _of_all(", ".join(settings), [*map(word, settings.values())])
     for rank, found in enumerate(others, start=1):
-        for name in words:
-            if found[name] != first[name]:
-                raise _told(
-                    ValueError(
-                        f"{name} is {first[name]} on rank 0 and {found[name]} on rank {rank}: give "
-                        "all ranks the same."
-                    )
+        for name, here, there in zip(settings, first, found, strict=True):
+            if here != there:
+                raise Refused(
+                    f"{name} is {here} on rank 0 and {there} on rank {rank}: give all ranks the "
+                    "same."
                 )
 
 
 @contextmanager
 def together(data: Dataset) -> Iterator[None]:
-    """A block whose error all ranks raise that share ``data``: the others where they next meet."""
+    """A block whose error all ranks raise that share ``data``, the others where they next meet."""
     try:
         yield
     except Exception as error:
-        if isinstance(data, Shared) and not hasattr(error, "told"):
+        if isinstance(data, Shared) and not isinstance(error, Refused | RankLost):
             _of_all("", None, error)
         raise
 
@@ -157,18 +144,16 @@ def of_all(data: Dataset, value: object) -> list:
 def gathered(data: Dataset, model: nn.Module, value: object) -> list:
     """Return the ``value`` of every rank, in their order, or [value] if ``data`` aren't shared.
 
-    Raises ``ValueError`` if ``model`` isn't the same on every rank, and ``RankLost``.
+    Raises ``Refused`` if ``model`` isn't the same on every rank, and ``RankLost``.
     """
     if not isinstance(data, Shared):
         return [value]
     networks, values = zip(*_of_all("network", (_digest(model), value)), strict=True)
     other = next((rank for rank, found in enumerate(networks) if found != networks[0]), None)
     if other is not None:
-        raise _told(
-            ValueError(
-                f"The network of rank {other} isn't that of rank 0: give all ranks the same "
-                "weights and buffers, as torch.distributed.broadcast does."
-            )
+        raise Refused(
+            f"The network of rank {other} isn't that of rank 0: give all ranks the same weights "
+            "and buffers, as torch.distributed.broadcast does."
         )
     return list(values)
 
@@ -185,33 +170,19 @@ def summed(data: Dataset, model: nn.Module, values: dict) -> dict:
 def _of_all(what: str, value: object, error: Exception | None = None) -> list:
     """``value`` of each rank, in their order. ``what`` it is must be the same on all of them.
 
-    With an ``error`` in its place, this rank tells the others why it stops, and all of them raise
-    the same: a ``ValueError`` or ``TypeError``, and for anything else ``RankLost``.
+    With an ``error`` in its place, this rank tells the others why it stops, and all raise that.
     """
+    why = error and str(error)
+    if error and not isinstance(error, ValueError | TypeError):
+        why = f"Rank {dist.get_rank()} has stopped: {first_line(error)}."
     found = [None] * dist.get_world_size()
     with meeting():
-        dist.all_gather_object(found, (what, value, error and _for_others(error)))
-    failed = next((why for *_, why in found if why), None)
-    if failed:
-        raise _told(failed) from error
+        dist.all_gather_object(found, (what, value, why))
+    if reasons := [reason for *_, reason in found if reason]:
+        raise Refused(reasons[0]) from error
     if len({kind for kind, *_ in found}) > 1:
-        raise _told(
-            ValueError("The ranks make different calls on shared data: make the same ones.")
-        )
+        raise Refused("The ranks make different calls on shared data: make the same ones.")
     return [value for _, value, _ in found]
-
-
-def _for_others(error: Exception) -> Exception:
-    for kind in (ValueError, TypeError):
-        if isinstance(error, kind):
-            return kind(str(error))
-    return RankLost(f"Rank {dist.get_rank()} has stopped ({first_line(error)}).")
-
-
-def _told(error: Exception) -> Exception:
-    """``error``, marked as one that every rank raises."""
-    error.told = True
-    return error
 
 
 def _examples_digest(data: Dataset) -> bytes:
@@ -219,15 +190,15 @@ def _examples_digest(data: Dataset) -> bytes:
 
     What can't be read says so where it is needed.
     """
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), len(data)
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]), suppress(Exception):
-        torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(0)
         whole = type(data) is TensorDataset
-        places = {0, len(data) // 2, len(data) - 1}
-        for value in tree_leaves(data.tensors if whole else [data[i] for i in sorted(places)]):
-            is_tensor = isinstance(value, Tensor)
-            digest.update(_bytes(value) if is_tensor else numpy.asarray(value).tobytes())
+        examples = data.tensors if whole else [data[i] for i in {0, size // 2, size - 1}]
+        for value in tree_leaves(examples):
+            digest.update(_bytes(torch.as_tensor(value)))
     random.setstate(states[0])
     numpy.random.set_state(states[1])
     return digest.digest()
@@ -241,8 +212,8 @@ def _digest(model: nn.Module) -> bytes:
     return digest.digest()
 
 
-def _bytes(value: Tensor) -> numpy.ndarray:
-    return value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+def _bytes(value: Tensor) -> memoryview:
+    return value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _values(model: nn.Module) -> Iterator[Tensor]:
