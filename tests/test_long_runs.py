@@ -1,5 +1,7 @@
 """The programs that take hours, and the tables and pictures that they leave."""
 
+import io
+
 import pandas as pd
 import pytest
 import torch
@@ -75,7 +77,7 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
 
     monkeypatch.setattr(program, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
     if program in (seeds, repair):
-        monkeypatch.setattr(program, "compare", lambda seed, splits: make(seed))
+        monkeypatch.setattr(program, "compare", lambda seed, *_: make(seed))
         return
     if program is updates:
         monkeypatch.setattr(updates, "on_the_way", lambda seed, splits: make(seed))
@@ -88,8 +90,15 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
         )
         return
     if program in NETWORKS:
+
+        def made(seed, folder, *splits):
+            rows, kept = make(seed), io.BytesIO()
+            torch.save(torch.nn.Linear(seed, 1).state_dict(), kept)
+            return rows, kept.getvalue()
+
+        monkeypatch.setattr(program, "rows_of_seed", made)
         monkeypatch.setattr(
-            program, "rows_of_seed", lambda seed, *splits: (make(seed), torch.nn.Linear(seed, 1))
+            program.shutil, "copyfile", lambda network, path: path.write_bytes(network)
         )
         return
     monkeypatch.setattr(schedules, "baseline", lambda *_, seed, **__: (seed, "run"))
@@ -263,13 +272,13 @@ def removed(steps):
 def test_random_like_taylor_takes_other_filters_of_the_same_layers():
     model = network((6, 8))
     like = list(schedules.schedule(model, TRAIN, VAL, "taylor", 1, seed=0))
-    control = list(schedules.schedule(model, TRAIN, VAL, schedules.LIKE_TAYLOR, 1, 0, like))
+    control = list(schedules.schedule(model, TRAIN, VAL, schedules.SAME_LAYERS, 1, 0, like))
     assert [layer for layer, _ in removed(control)] == [layer for layer, _ in removed(like)]
     assert removed(control) != removed(like)
     assert control[-1].model.channels == (1, 1)
 
 
-@pytest.mark.parametrize("method", [*schedules.CRITERIA, schedules.LIKE_TAYLOR])
+@pytest.mark.parametrize("method", [*schedules.CRITERIA, schedules.SAME_LAYERS])
 @pytest.mark.parametrize("updates", [0, 1])
 def test_every_schedule_goes_down_to_one_filter_a_layer_and_is_the_same_again(method, updates):
     model = network()
@@ -281,7 +290,7 @@ def test_every_schedule_goes_down_to_one_filter_a_layer_and_is_the_same_again(me
     assert len(set(first)) == len(first) == 5
 
 
-@pytest.mark.parametrize("method", ["random", schedules.LIKE_TAYLOR])
+@pytest.mark.parametrize("method", ["random", schedules.SAME_LAYERS])
 def test_what_chance_removes_does_not_depend_on_the_images(method):
     model, other = network((6, 8)), dataset(48, seed=2)
     like = list(schedules.schedule(model, TRAIN, VAL, "taylor", 1, seed=0))
@@ -369,6 +378,30 @@ def test_a_residual_network_gets_down_to_the_multiply_adds_with_as_few_removals_
     larger = remove_filters(model, removed_one_less, data)
     assert count_macs(small, residual.IMAGE_SHAPE) <= macs
     assert count_macs(larger, residual.IMAGE_SHAPE) > macs
+
+
+def test_chance_in_the_same_layers_goes_through_taylors_widths(monkeypatch):
+    fast = {"per_step": 60, "updates": 1, "batch_size": 24, "lr": 1e-3}
+    monkeypatch.setattr(own_network, "SCHEDULE", fast)
+    model = own_network.untrained(0)
+    taylor = own_network.schedule(model, TRAIN, VAL, "taylor", 0, ())
+    control = own_network.schedule(model, TRAIN, VAL, own_network.SAME_LAYERS, 0, taylor)
+    for one, other in zip(taylor, control, strict=True):
+        assert own_network.widths_of(one.model) == own_network.widths_of(other.model)
+        assert one.removed != other.removed
+
+
+def test_chance_in_the_residual_network_has_taylors_widths(monkeypatch):
+    monkeypatch.setattr(residual, "SHARES", (0.5,))
+    found = {method: small for method, _, small in residual.pruned(residual.untrained(0), TRAIN, 0)}
+    assert {*residual.TESTED, "taylor", "random"} < {*found}
+
+    def widths(method):
+        return [found[method].get_submodule(name).out_channels for name in residual.MAPS]
+
+    assert widths(residual.SAME_WIDTHS) == widths("taylor")
+    one, other = (found[method].conv.weight for method in (residual.SAME_WIDTHS, "taylor"))
+    assert not torch.equal(one, other)
 
 
 # Pictures
