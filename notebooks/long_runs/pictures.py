@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from math import ceil
 
 from cnn_pruning import (
     fashion_mnist,
@@ -125,15 +126,15 @@ def overview(
                 for ys in ((0, end), (end, 0)):
                     seen[column].plot((0, end), ys, color=REMOVED, lw=3)
     before, gone = (sum(map(len, each.values())) for each in (scores, removed))
-    _write(axes[1, -4], f"{before} filters\n→ {before - gone}", linespacing=1.5)
-    _write(axes[2, -4], outcome, linespacing=1.5)
+    _write(axes[1, -4], f"{before} filters\n→ {before - gone}", 0.2, linespacing=1.5)
+    _write(axes[2, -4], outcome, 0.2, linespacing=1.5)
     headline(figure, f"Every filter gets a score; the {gone} lowest leave the network")
     return figure
 
 
-def _write(axis: Axes, words: str, **look) -> None:
+def _write(axis: Axes, words: str, left: float = 0, **look) -> None:
     """Words that reach over several columns."""
-    written = axis.text(0, 0.5, words, transform=axis.transAxes, size=13, va="center", **look)
+    written = axis.text(left, 0.5, words, transform=axis.transAxes, size=13, va="center", **look)
     written.set_in_layout(False)
 
 
@@ -159,7 +160,7 @@ def photos(figure: Figure) -> list[tuple[int, int, int, int]]:
     for axis in figure.axes:
         if any(image.get_cmap().name == "magma" for image in axis.images):
             (left, bottom), (right, top) = 2 * axis.get_window_extent().get_points()
-            found.append(tuple(map(round, (left, height - top, right, height - bottom))))
+            found.append((ceil(left), ceil(height - top), int(right), int(height - bottom)))
     return found
 
 
