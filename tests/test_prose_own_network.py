@@ -12,7 +12,7 @@ from scipy.stats import t
 from cnn_pruning.experiments.paths import ROOT
 
 LEAST = min(residual.SHARES)
-COLLAPSES = "Torch-Pruning's magnitude"
+COLLAPSE = ["weight", "Torch-Pruning's magnitude"]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,14 @@ def test_one_shot_down_to_the_smallest_size_is_too_far_for_every_score(pruned, b
     means = pruned[pruned.share == LEAST].groupby("method").mean(numeric_only=True)
     right = means.val_accuracy
     assert (right < baselines.val_before.mean() - 0.02).all(), "points below the baseline"
-    assert right[COLLAPSES] < 0.5 < right.drop(COLLAPSES).min()
-    assert means.filters.idxmin() == COLLAPSES
+    assert right[COLLAPSE].max() < 0.5 < right.drop(COLLAPSE).min()
+
+
+@pytest.mark.parametrize("method", COLLAPSE)
+def test_where_weights_decide_some_layers_of_the_smallest_networks_keep_one_filter(pruned, method):
+    small = pruned[(pruned.share == LEAST) & (pruned.method == method)]
+    for widths in small.widths:
+        assert min(map(int, widths.split("-"))) == 1
 
 
 def test_every_error_that_the_notebook_explains_is_one_that_the_package_raises():

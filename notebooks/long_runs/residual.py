@@ -173,10 +173,16 @@ def rows_of_seed(seed: int, folder: Path, train, val, test) -> tuple[list[dict],
     data = TensorDataset(*train[some])
 
     def row(method: str, share: float, network: ResNet) -> dict:
-        filters = sum(network.get_submodule(name).out_channels for name in MAPS)
-        macs = count_macs(network, IMAGE_SHAPE)
-        of = {"seed": seed, "method": method, "share": share, "macs": macs, "filters": filters}
-        return of | {"val_before": evaluate(network, val)[1]}
+        widths = [network.get_submodule(name).out_channels for name in MAPS]
+        return {
+            "seed": seed,
+            "method": method,
+            "share": share,
+            "widths": "-".join(map(str, widths)),
+            "filters": sum(widths),
+            "macs": count_macs(network, IMAGE_SHAPE),
+            "val_before": evaluate(network, val)[1],
+        }
 
     if not rows.has(method="baseline"):
         rows.add(row("baseline", 1.0, model) | {"test_accuracy": evaluate(model, test)[1]})
