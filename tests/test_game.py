@@ -1,7 +1,5 @@
 """The game: what the board says and shows, its levels, and whom one plays against."""
 
-import math
-
 import pandas as pd
 import pytest
 import torch
@@ -57,10 +55,11 @@ BEST = ALL - {(1, 4), (1, 9)}
 
 @pytest.fixture
 def board(losses, monkeypatch):
-    """With two levels: keep 22 filters, where Taylor is easily beaten; and 20 within 3 clicks."""
+    """Keep 22 and beat Taylor easily; 20 within 3 clicks; 22, where nobody can beat Taylor."""
     monkeypatch.setattr(game, "PERSONAL_BEST", {})
     easy = rivals(losses, 100.0, BEST)
-    levels = [Level("easy", easy, 22), Level("hurry", easy, 20, clicks=3)]
+    hard = rivals(losses, -1.0, BEST)
+    levels = [Level("easy", easy, 22), Level("hurry", easy, 20, clicks=3), Level("hard", hard, 22)]
     images = {"a": DATA.tensors[0][0], "b": DATA.tensors[0][1]}
     by_size = {size: easy for size in range(2, every.K + 1)}
     return game.Board(losses, by_size, levels, images)
@@ -172,7 +171,7 @@ def test_who_beats_taylor_is_told_so_and_remembered(board):
 
 
 def test_who_loses_is_not_told_that_they_won(board):
-    board.level.value = Level("hard", rivals(board.losses, -1.0, BEST), 22)
+    board.level.index = 2
     assert "Taylor still wins" in off(board, (0, 0), (0, 2))
     assert game.PERSONAL_BEST == {}
 
@@ -194,7 +193,7 @@ def test_outlines_leave_the_player_s_choice_alone_and_the_best_ends_the_contest(
 
 
 def test_after_the_last_click_no_card_can_be_clicked(board):
-    board.level.value = board.level.options[1][1]
+    board.level.index = 1
     assert not board.cards[0, 0].disabled
     assert "No click is left" in off(board, (0, 0), (0, 1), (0, 2))
     assert all(card.disabled for card in board.cards.values()) and board.undo.disabled
@@ -220,5 +219,4 @@ def test_the_bar_is_full_for_the_best_and_empty_for_the_worst(losses):
     each = rivals(losses, 5.0, ALL)
     assert "class='game-you' style='width: 100.0%'" in game.ladder(each, 1)
     assert "class='game-you' style='width: 0.0%'" in game.ladder(each, 1000)
-    half = round(math.sqrt(1000))
-    assert "class='game-you' style='width: 50" in game.ladder(each, half)
+    assert "class='game-you' style='width: 66.7%'" in game.ladder(each, 10)

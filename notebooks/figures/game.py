@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 
 from cnn_pruning import CNN, fashion_mnist
 from cnn_pruning.experiments.data import CLASSES
-from cnn_pruning.plots import INK, LAYERS, METHODS, REMOVED
+from cnn_pruning.plots import LAYERS, METHODS, REMOVED
 from long_runs import every_network, trained
 from long_runs.levels import ROUNDING, Level, Place, Rivals, levels
 
@@ -26,7 +26,7 @@ NOTHING = "A layer without filters lets nothing through: no network is left."
 PERSONAL_BEST: dict[str, tuple[float, int]] = {}  # loss and clicks by level, for the session
 NUMBERS = itertools.count()  # of the boards, whose styles must not mix on one page
 STYLE = """
-.game { --ink: INK; --you: YOU; --taylor: TAYLOR; --removed: REMOVED;
+.game { --ink: currentColor; --you: YOU; --taylor: TAYLOR; --removed: REMOVED;
   color: var(--jp-content-font-color0, inherit); font-size: 15px; line-height: 1.45; }
 .game p { margin: 4px 0; }
 .game .game-card { width: 96px; height: 160px; margin: 2px; padding: 0 0 3px; position: relative;
@@ -261,7 +261,7 @@ class Board:
         return f".{self.number} .game-card-{place[0]}-{place[1]} {{{declarations}}}"
 
     def _style(self) -> ipywidgets.HTML:
-        colors = {"INK": INK, "YOU": LAYERS[0], "TAYLOR": METHODS["taylor"], "REMOVED": REMOVED}
+        colors = {"YOU": LAYERS[0], "TAYLOR": METHODS["taylor"], "REMOVED": REMOVED}
         style = STYLE
         for name, color in colors.items():
             style = style.replace(f"{name};", f"{color};")

@@ -1,0 +1,160 @@
+"""The figures of notebook 0: filters leave a network one after the other, and it is repaired."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from cnn_pruning.plots import INK, LAYERS, METHODS, bare_image, headline, subplots
+from figures.game import NAMES, data_url, in_color
+
+import ipywidgets
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COUNTS = ("parameters", "multiply-adds", "milliseconds")
+STYLE = """<style>
+.slide-cards { display: flex; flex-wrap: wrap; gap: 4px; max-width: 480px; margin-bottom: 8px; }
+.slide-cards img { width: 56px; height: 56px; image-rendering: pixelated; margin: 0; }
+.slide-cards img.slide-gone { opacity: 0.12; }
+.slide-bars { display: grid; grid-template-columns: auto minmax(100px, 240px) auto; gap: 6px 10px;
+  align-items: center; }
+.slide-bars div { height: 20px; background: var(--jp-layout-color2, #eee); }
+.slide-bars i { display: block; height: 100%; }
+.slide-cards, .slide-bars, .slide-words { color: var(--jp-content-font-color0, inherit);
+  font-size: 15px; line-height: 1.4; }
+</style>"""
+
+
+def pruning_slider(
+    maps: Mapping[str, Tensor],
+    removed: Sequence[Mapping[str, Sequence[int]]],
+    measured: Sequence[Mapping[str, float]],
+    repair: Callable[[int], Iterator[float]],
+) -> ipywidgets.Widget:
+    """A slider that removes filters: their cards fade, and what the network does and costs moves.
+
+    ``maps`` (K, H, W) from 0 to 1 by layer. By number of removed filters, ``removed`` names them,
+    and ``measured`` has the ``accuracy`` and the ``COUNTS``. ``repair`` trains what is left and
+    yields the accuracy on the way; a button calls it.
+    """
+    pictures = {
+        layer: [data_url(in_color(seen, "magma"))[4:-1] for seen in values]
+        for layer, values in maps.items()
+    }
+    slider = ipywidgets.IntSlider(0, 0, len(removed) - 1, description="remove")
+    slider.layout.width = "min(100%, 700px)"
+    button = ipywidgets.Button(description="Train what is left for one epoch", icon="play")
+    button.layout = {"width": "auto", "align_self": "flex-start"}
+    cards, bars, words = (ipywidgets.HTML() for _ in range(3))
+
+    def show(accuracy: float, said: str) -> None:
+        row = {**measured[slider.value], "accuracy": accuracy}
+        bars.value = _bars(row, measured[0])
+        words.value = f"<div class='slide-words' role='status'>{said}</div>"
+
+    def slide(_=None) -> None:
+        n = slider.value
+        cards.value = STYLE + _cards(pictures, removed[n])
+        gone = [f"{_listed(ks)} of the {place}" for ks, place in _by_layer(removed[n])]
+        which = f": {' and '.join(gone)}" if gone else ""
+        accuracy = measured[n]["accuracy"]
+        show(accuracy, f"{n} filters removed{which}. Accuracy {accuracy:.1%}.")
+
+    def train(_) -> None:
+        button.disabled = slider.disabled = True
+        try:
+            before, *_ = steps = [measured[slider.value]["accuracy"]]
+            for accuracy in repair(slider.value):
+                steps.append(accuracy)
+                show(accuracy, f"Training: {before:.1%} → {accuracy:.1%}")
+            whole = measured[0]["accuracy"]
+            show(steps[-1], f"One epoch: {before:.1%} → {steps[-1]:.1%}. (Whole: {whole:.1%}.)")
+        finally:
+            button.disabled = slider.disabled = False
+
+    slider.observe(slide, names="value")
+    button.on_click(train)
+    slide()
+    beside = ipywidgets.Box([cards, bars], layout={"flex_flow": "row wrap"})
+    return ipywidgets.VBox([slider, words, beside, button])
+
+
+def _by_layer(removed: Mapping[str, Sequence[int]]) -> list[tuple[Sequence[int], str]]:
+    return [(ks, place) for ks, place in zip(removed.values(), NAMES, strict=False) if ks]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _cards(pictures: Mapping[str, Sequence[str]], removed: Mapping[str, Sequence[int]]) -> str:
+    parts = []
+    for name, (layer, urls) in zip(NAMES, pictures.items(), strict=True):
+        gone = ["class='slide-gone'" if k in removed[layer] else "" for k in range(len(urls))]
+        images = "".join(f"<img alt='' src='{url}' {c}>" for url, c in zip(urls, gone, strict=True))
+        parts.append(f"{name}<div class='slide-cards'>{images}</div>")
+    return "".join(parts)
+
+
+def _bars(row: Mapping[str, float], whole: Mapping[str, float]) -> str:
+    parts = [("accuracy", row["accuracy"], f"{row['accuracy']:.1%}", METHODS["taylor"])]
+    for name in COUNTS:
+        number = f"{row[name]:.2f}" if name == "milliseconds" else f"{row[name]:,}"
+        parts.append((name, row[name] / whole[name], number, "currentColor"))
+    cells = "".join(
+        f"<span>{name}</span><div><i style='width: {min(share, 1):.1%}; background: {color}'></i>"
+        f"</div><b>{number}</b>"
+        for name, share, number, color in parts
+    )
+    return f"<div class='slide-bars'>{cells}</div>"
+
+
+def way_down(
+    maps: Mapping[str, Tensor],
+    removed: Sequence[Mapping[str, Sequence[int]]],
+    measured: Sequence[Mapping[str, float]],
+    title: str,
+) -> Figure:
+    """The filters in the order in which they go; below them, what is left of the network.
+
+    ``maps``, ``removed`` and ``measured`` are as in ``pruning_slider``. All is drawn in percent:
+    the accuracy itself, and the ``COUNTS`` of the whole network's.
+    """
+    figure, ((above,), (below,)) = subplots(2, 1, 9, 5.2, sharex=True, height_ratios=(1, 6))
+    for n, (before, after) in enumerate(itertools.pairwise(removed), start=1):
+        for color, layer in zip(LAYERS, maps, strict=False):
+            for k in {*after.get(layer, ())} - {*before.get(layer, ())}:
+                place = (n - 0.46, n + 0.46, 0.08, 1)
+                bare_image(above, maps[layer][k], cmap="magma", vmin=0, vmax=1, extent=place)
+                above.text(n, -0.1, k, color=color, size=9, ha="center", va="top")
+    above.set(ylim=(-0.5, 1.1), aspect="auto")
+    above.set_title("each filter's map, in the order in which they go", size=10, pad=2)
+    looks = {"accuracy": {"color": METHODS["taylor"], "lw": 3, "marker": "o", "ms": 5}}
+    looks |= dict(zip(COUNTS, ({"ls": ls, "color": INK} for ls in ("-", "--", ":")), strict=True))
+    for name, look in looks.items():
+        whole = 1 if name == "accuracy" else measured[0][name]
+        left = [100 * row[name] / whole for row in measured]
+        below.plot(left, **look)
+        above_line = "bottom" if name == "parameters" else "center"  # close to the multiply-adds
+        below.text(len(removed) - 0.7, left[-1], name, color=look["color"], va=above_line)
+    below.set(xlabel="filters removed, without training", xlim=(-0.5, len(removed) + 3))
+    below.set(ylabel="accuracy, and what is left (%)", ylim=(0, 103))
+    below.set_xticks(range(0, len(removed), 2))
+    headline(figure, title)
+    return figure
+
+
+def recovery(whole: float, steps: Sequence[float], pieces: int, title: str) -> Figure:
+    """The accuracy (%) of a pruned network, before an epoch and after each of its ``pieces``.
+
+    ``steps`` has those that are known; ``whole`` is the accuracy of the network before pruning.
+    """
+    figure, ((axis,),) = subplots(1, 1, 7, 3)
+    axis.axhline(100 * whole, color=INK, ls="--", lw=1)
+    axis.text(1, 100 * whole, "before pruning", color=INK, va="bottom")
+    axis.plot(range(len(steps)), [100 * s for s in steps], "o-", color=METHODS["taylor"])
+    axis.set(xlim=(-0.3, pieces + 0.3), ylim=(100 * min(steps) - 2, 100 * whole + 3))
+    axis.set_xticks(
+        range(0, pieces + 1, 2), [f"{100 * n // pieces}%" for n in range(0, pieces + 1, 2)]
+    )
+    axis.set(xlabel="of one epoch", ylabel="validation accuracy (%)", title=title)
+    return figure
