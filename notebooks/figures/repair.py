@@ -128,7 +128,7 @@ def accuracy_by_stage(
 
 def differences(gaps: pd.DataFrame, title: str) -> Figure:
     """A row for each difference: its ``mean`` and ``half`` of its interval, and each network's."""
-    figure, ((axis,),) = subplots(1, 1, 7, 0.42 * len(gaps) + 1.6)
+    figure, ((axis,),) = subplots(1, 1, 7, 0.5 * len(gaps) + 1.6)
     for y, (_, row) in enumerate(gaps.iterrows()):
         each = row.drop(["mean", "half"])
         axis.plot(each, [y + 0.25] * len(each), "|", color=look("taylor")["color"], ms=7)
