@@ -99,7 +99,7 @@ def server(_server):
     """The address of the MLflow server, which answers, and its folder."""
     process, uri, folder = _server
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(600):
+    for _ in range(3000):
         assert process.poll() is None, (folder / "server.log").read_text()
         try:
             direct.open(f"{uri}/health", timeout=5).close()

@@ -20,7 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import calculate_md5, check_integrity
 
 from cnn_pruning.experiments.paths import ROOT, locked_folder
 from cnn_pruning.experiments.ranks import Shared, agree, of_all, own
@@ -229,8 +229,9 @@ def _extract(root: Path) -> None:
             for archive in _damaged(root, _ARCHIVE_MD5):
                 if archive.exists():
                     raise ValueError(
-                        f"{archive} is damaged (its MD5 sum isn't {_ARCHIVE_MD5[archive.name]}): "
-                        "restore it with `git checkout`, or delete it to have it downloaded."
+                        f"{archive} is damaged (its MD5 sum is {calculate_md5(archive)}, not "
+                        f"{_ARCHIVE_MD5[archive.name]}): restore it with `git checkout`, or "
+                        "delete it to have it downloaded."
                     )
             for file in damaged:
                 file.unlink(missing_ok=True)
