@@ -38,7 +38,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -83,6 +83,8 @@ def darkened(picture: bytes, photos: Sequence[tuple[int, int, int, int]] = ()) -
     dark = ImageCms.applyTransform(Image.merge("LAB", (turned, *hue)), back)
     for box in photos:
         dark.paste(light.crop(box), box)
+        # their edges are half page, half picture
+        ImageDraw.Draw(dark).rectangle(box, outline=dark.getpixel((0, 0)), width=2)
     file = io.BytesIO()
     dark.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
@@ -160,7 +162,7 @@ def photos(figure: Figure) -> list[tuple[int, int, int, int]]:
     for axis in figure.axes:
         if any(image.get_cmap().name == "magma" for image in axis.images):
             (left, bottom), (right, top) = 2 * axis.get_window_extent().get_points()
-            found.append((ceil(left), ceil(height - top), int(right), int(height - bottom)))
+            found.append((int(left), int(height - top), ceil(right), ceil(height - bottom)))
     return found
 
 
