@@ -117,7 +117,10 @@ def frames() -> tuple[list[Image.Image], list[int]]:
 
 def main() -> None:
     drawn, stays = frames()
-    colors = drawn[0].quantize(64)  # one palette, so that nothing flickers
+    both = Image.new("RGB", (drawn[0].width, 2 * drawn[0].height))
+    both.paste(drawn[0])
+    both.paste(drawn[-1], (0, drawn[0].height))
+    colors = both.quantize(64)  # one palette for all, so that nothing flickers
     few = [each.quantize(palette=colors, dither=Image.Dither.NONE) for each in drawn]
     few[0].save(GIF, save_all=True, append_images=few[1:], duration=stays, loop=0, optimize=True)
 
