@@ -72,7 +72,7 @@ def test_the_numbers_of_the_results_are_those_of_the_notebooks_beside_them():
         names = re.findall(r"\(notebooks/(\d+)_\w+\.ipynb\)", line)
         assert names, line
         said = " ".join(map(everything, names))
-        plain = re.sub(r"\]\([^)]*\)|\[notebook [^\]]*\]|Eq\. 8|<!--.*?-->", "", line)
+        plain = re.sub(r"\[notebook[^\]]*\]\([^)]*\)|Eq\. 8|<!--.*?-->", "", line)
         for number in re.findall(r"\d[\d,.]*\d|\d", plain):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", said), f"{number}: {line}"
 
