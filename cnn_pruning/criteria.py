@@ -216,6 +216,8 @@ def random(network: Network, *_: object) -> Scores:
     return {n: torch.rand(k, dtype=torch.float64) for n, k in network.filters().items()}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def obd(
     network: Network, data: Dataset, batch_size: int, cost: Cost | None = None, seed: int = 0
 ) -> Scores:
@@ -242,21 +244,20 @@ def obd(
         if parameter is not None
     ]
     parameters = [parameter.requires_grad_() for *_, parameter in places]  # what is frozen, too
-    with torch.inference_mode(False), torch.enable_grad():
-        for images, labels in loader if places else ():
-            images, labels = passes.on_device((images, labels), device)
-            loss = passes.summed_loss(passes.outputs_of(network.model, images), labels, cost)
-            signs = [
-                (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in parameters
-            ]
-            with passes.differentiable(loss):
-                slopes = torch.autograd.grad(
-                    loss, parameters, create_graph=True, materialize_grads=True
-                )
-                curved = torch.autograd.grad(slopes, parameters, signs, materialize_grads=True)
-            for (name, part, p), v, hv in zip(places, signs, curved, strict=True):
-                saliency = _rows(network, name, part, p.detach().square() * v * hv).sum(1)
-                totals[name] += saliency.cpu().double() / 2
+    for images, labels in loader if places else ():
+        images, labels = passes.on_device((images, labels), device)
+        loss = passes.summed_loss(passes.outputs_of(network.model, images), labels, cost)
+        signs = [
+            (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in parameters
+        ]
+        with passes.differentiable(loss):
+            slopes = torch.autograd.grad(
+                loss, parameters, create_graph=True, materialize_grads=True
+            )
+            curved = torch.autograd.grad(slopes, parameters, signs, materialize_grads=True)
+        for (name, part, p), v, hv in zip(places, signs, curved, strict=True):
+            saliency = _rows(network, name, part, p.detach().square() * v * hv).sum(1)
+            totals[name] += saliency.cpu().double() / 2
     totals = summed(data, network.model, totals)
     return {layer: total / len(data) for layer, total in totals.items()}
 

@@ -199,6 +199,11 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
             if not hasattr(graph, "module2node"):
                 name = type(traced).__name__
                 raise TypeError(f"{name} can't be read ({first_line(error)}).") from error
+    if any("checkpoint" in _named(node) for node in graph.module2node.values()):
+        raise TypeError(
+            f"{type(traced).__name__} uses gradient checkpointing with use_reentrant=True, behind "
+            "which nothing can be read: switch it off."
+        )
     return graph
 
 
