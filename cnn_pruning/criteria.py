@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cnn_pruning.experiments.data import batches
-from cnn_pruning.experiments.ranks import gathered, summed
+from cnn_pruning.experiments.ranks import agree, gathered, summed, together
 from cnn_pruning.feature_maps import feature_maps
 from cnn_pruning.network import passes
 from cnn_pruning.network.checks import check_function, kind_of, shown
@@ -311,7 +311,9 @@ def score(
     if not network.groups:
         return {}
     arguments = network, data, batch_size, cost
-    scores = found(*arguments) if found in WHOLE else over_examples(found, *arguments)
+    with together(data):
+        agree(data, criterion=criterion, cost=cost)
+        scores = found(*arguments) if found in WHOLE else over_examples(found, *arguments)
     for name, values in scores.items():
         dtype = network.layer(name).weight.dtype
         scores[name] = values.to("cpu", torch.promote_types(dtype, torch.float32))

@@ -108,6 +108,8 @@ def prune_iteratively(
     updates = integer("updates", updates, 0)
     _, lr, seed = training.check_settings(1, lr, seed)
     check_function("rescore", rescore, "network", "scores")
+    targets = {"filters": filters, "parameters": parameters, "macs": macs}
+    ranks.agree(train, criterion=criterion, updates=updates, per_step=per_step, lr=lr, **targets)
     criteria.find(criterion)
     check_keep(model, keep)
     network, images = scorable(model, train, linear=linear), few_images(train, 1)
@@ -117,8 +119,7 @@ def prune_iteratively(
     spare = spare_filters(network.filters(), min_filters, kept_whole, max_share)
     # What each layer keeps, in filters of the network that was handed in
     least = {name: count - spare[name] for name, count in network.filters().items()}
-    named = {"parameters": parameters, "macs": macs, "milliseconds": milliseconds}
-    budget = Budget(network, images, filters=filters, **named)
+    budget = Budget(network, images, milliseconds=milliseconds, **targets)
     budget.check(remove(network, {name: list(range(count)) for name, count in spare.items()}))
     # What raises, if it must, does so before anything is trained
     loss, _ = training.evaluate(model, val, cost=cost)

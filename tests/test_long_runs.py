@@ -1,14 +1,11 @@
 """The programs that take hours, and the tables and pictures that they leave."""
 
-import io
-
 import pandas as pd
 import pytest
 import torch
 from long_runs import (
     every_network,
     own_network,
-    pictures,
     repair,
     residual,
     schedules,
@@ -28,7 +25,6 @@ from cnn_pruning import (
     remove_filters,
     select_filters,
 )
-from cnn_pruning.experiments.paths import ROOT
 from cnn_pruning.measure import count_macs
 
 PROGRAMS = pytest.mark.parametrize(
@@ -77,7 +73,7 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
 
     monkeypatch.setattr(program, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
     if program in (seeds, repair):
-        monkeypatch.setattr(program, "compare", lambda seed, *_: make(seed))
+        monkeypatch.setattr(program, "compare", lambda seed, splits: make(seed))
         return
     if program is updates:
         monkeypatch.setattr(updates, "on_the_way", lambda seed, splits: make(seed))
@@ -90,15 +86,8 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
         )
         return
     if program in NETWORKS:
-
-        def made(seed, folder, *splits):
-            rows, kept = make(seed), io.BytesIO()
-            torch.save(torch.nn.Linear(seed, 1).state_dict(), kept)
-            return rows, kept.getvalue()
-
-        monkeypatch.setattr(program, "rows_of_seed", made)
         monkeypatch.setattr(
-            program.shutil, "copyfile", lambda network, path: path.write_bytes(network)
+            program, "rows_of_seed", lambda seed, *splits: (make(seed), torch.nn.Linear(seed, 1))
         )
         return
     monkeypatch.setattr(schedules, "baseline", lambda *_, seed, **__: (seed, "run"))
@@ -378,44 +367,3 @@ def test_a_residual_network_gets_down_to_the_multiply_adds_with_as_few_removals_
     larger = remove_filters(model, removed_one_less, data)
     assert count_macs(small, residual.IMAGE_SHAPE) <= macs
     assert count_macs(larger, residual.IMAGE_SHAPE) > macs
-
-
-def test_chance_in_the_same_layers_goes_through_taylors_widths(monkeypatch):
-    fast = {"per_step": 60, "updates": 1, "batch_size": 24, "lr": 1e-3}
-    monkeypatch.setattr(own_network, "SCHEDULE", fast)
-    model = own_network.untrained(0)
-    taylor = own_network.schedule(model, TRAIN, VAL, "taylor", 0, ())
-    control = own_network.schedule(model, TRAIN, VAL, own_network.SAME_LAYERS, 0, taylor)
-    for one, other in zip(taylor, control, strict=True):
-        assert own_network.widths_of(one.model) == own_network.widths_of(other.model)
-        assert one.removed != other.removed
-
-
-def test_chance_in_the_residual_network_has_taylors_widths(monkeypatch):
-    monkeypatch.setattr(residual, "SHARES", (0.5,))
-    found = {method: small for method, _, small in residual.pruned(residual.untrained(0), TRAIN, 0)}
-    assert {*residual.TESTED, "taylor", "random"} < {*found}
-
-    def widths(method):
-        return [found[method].get_submodule(name).out_channels for name in residual.MAPS]
-
-    assert widths(residual.SAME_WIDTHS) == widths("taylor")
-    one, other = (found[method].conv.weight for method in (residual.SAME_WIDTHS, "taylor"))
-    assert not torch.equal(one, other)
-
-
-# Pictures
-
-
-def test_the_pictures_of_the_readme_are_those_of_the_notebooks():
-    stored = {path.stem: path.read_bytes() for path in pictures.PICTURES.iterdir()}
-    drawn = pictures.tagged()
-    assert {*stored} == {*drawn, "overview"}
-    for name, picture in drawn.items():
-        assert stored[name] == picture, f"{name}: run notebooks/long_runs/pictures.py"
-
-
-def test_every_picture_is_shown_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for path in pictures.PICTURES.iterdir():
-        assert f"](notebooks/pictures/{path.name})" in readme

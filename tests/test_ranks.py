@@ -216,6 +216,12 @@ def alone():
         "batch_size ": refused(
             lambda: filter_scores(network(), divide(TRAIN), batch_size=4 + mine)
         ),
+        "criterion": refused(
+            lambda: filter_scores(network(), divide(TRAIN), "apoz" if mine else "taylor")
+        ),
+        "labels must  ": refused(lambda: filter_scores(network(), off(TRAIN, label=7))),
+        "updates": refused(lambda: steps(divide(TRAIN), VAL, updates=2 + mine)),
+        "lr ": refused(lambda: steps(divide(TRAIN), VAL, lr=1e-3 * (1 + mine))),
         "epochs": refused(lambda: fitted(divide(TRAIN), VAL, epochs=1 + mine)),
         "lr": refused(lambda: fitted(divide(TRAIN), VAL, lr=1e-3 * (1 + mine))),
         "seed": refused(lambda: fitted(divide(TRAIN), VAL, seed=int(mine))),

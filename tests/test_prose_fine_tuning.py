@@ -1,0 +1,78 @@
+"""What notebook 5 says in words, held against what it shows and against its tables.
+
+If one of these fails, a sentence has to change.
+"""
+
+import math
+import re
+
+import pandas as pd
+from long_runs import lengths, seeds
+from saved_notebooks import printed, tables
+from scipy.stats import t
+
+NUMBER = r"([-+]?\d+\.\d+)"
+TABLE = pd.read_csv(lengths.TABLE, comment="#")
+TESTED = {(what, length): gaps for what, length, gaps in lengths.tested(TABLE)}
+OTHERS = (lengths.RANDOM, lengths.SAME_EPOCHS, lengths.SAME_COMPUTE)
+
+
+def numbers(pattern):
+    """The groups of the one place in what the notebook printed that matches, as floats."""
+    (found,) = re.findall(pattern, printed("05"))
+    return [float(each) for each in ([found] if isinstance(found, str) else found)]
+
+
+def interval(values, tests=1):
+    half = t.ppf(1 - 0.025 / tests, len(values) - 1) * values.std() / math.sqrt(len(values))
+    return values.mean() - half, values.mean() + half
+
+
+def accuracies():
+    found = pd.read_csv(seeds.TABLE, comment="#")
+    return 100 * found.pivot(index="seed", columns="network", values="test_accuracy")
+
+
+def test_over_30_percent_of_the_parameters_are_gone():
+    (table,) = [table for table in tables("05") if "test accuracy" in table]
+    sizes = list(table["parameters"].values())
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_fine_tuning_brings_the_accuracy_back():
+    before, without = numbers(rf"accuracy: {NUMBER}% before, {NUMBER}% without")
+    first, last = numbers(rf"{NUMBER}% after one epoch of fine-tuning, {NUMBER}% after")
+    assert without < first < last
+    assert last > before - 0.5
+    difference, error = numbers(rf"fine-tuned minus baseline: {NUMBER} ± {NUMBER}")
+    assert difference + error > -0.5
+
+
+def test_over_ten_baselines_it_is_above_its_start_and_below_the_whole_network_trained_on():
+    by_seed = accuracies()
+    tuned = by_seed["fine-tuned"]
+    assert interval(tuned - by_seed["baseline"], 2)[0] > 0
+    assert interval(tuned - by_seed["baseline, more epochs"], 2)[1] < 0
+
+
+def test_the_longer_the_training_the_less_it_matters_which_filters_went():
+    leads = [TESTED[lengths.RANDOM, length] for length in (1, 5, 10)]
+    means = [lead.mean() for lead in leads]
+    assert means == sorted(means, reverse=True)
+    assert means[0] > 1 and 0.1 < means[-1] < 0.6  # "more than a point", "a few tenths"
+    (change,) = [gaps for what, _, gaps in lengths.tested(TABLE) if "change" in what]
+    assert interval(change, lengths.TESTS)[0] > 0
+
+
+def test_from_scratch_with_as_many_epochs_no_difference_is_shown():
+    for length in (1, 5, 10):
+        low, high = interval(TESTED[lengths.SAME_EPOCHS, length], lengths.TESTS)
+        assert low < 0 < high
+
+
+def test_its_table_has_the_differences_of_the_long_run():
+    (shown,) = [table for table in tables("05") if "points" in table and len(table["points"]) > 2]
+    told = [float(re.match(NUMBER, words)[1]) for words in shown["points"].values()]
+    expected = [gaps.mean() for *_, gaps in lengths.tested(TABLE)]
+    assert len(told) == len(expected)
+    assert all(abs(a - b) < 0.0051 for a, b in zip(told, expected, strict=True))
