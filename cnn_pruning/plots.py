@@ -91,9 +91,10 @@ def label_ends(axis: Axes, size: float = 9) -> None:
     (_, bottom), (right, top) = axis.bbox.get_points()
     ends = []
     for line in axis.get_lines():
-        if not line.get_label().startswith("_"):
-            places = axis.transData.transform(line.get_xydata())
-            x, y = max((x, y) for x, y in places if math.isfinite(x + y) and x <= right + 1)
+        places = axis.transData.transform(line.get_xydata())
+        drawn = [(x, y) for x, y in places if math.isfinite(x + y) and x <= right + 1]
+        if drawn and not line.get_label().startswith("_"):
+            x, y = max(drawn)
             ends.append([min(max(y, bottom), top), x, line])
     ends.sort(key=lambda end: end[0])
     for order, sign in ((ends, 1), (ends[::-1], -1)):  # up, and down again where that was too far

@@ -243,7 +243,13 @@ def test_choices_and_sizes_tell_the_same_ranks():
         assert [*known["of"].unique()] == [every.number_of(size)]
         ranks = levels.Ranks(every.number_of(size), known["rank"].tolist(), known.loss.tolist())
         for row in choices.get_group((seed, size)).itertuples():
-            assert ranks.rank(row.loss)[0] == pytest.approx(row.rank, rel=0.06, abs=2)
+            # The table has some ranks only, and equal losses share theirs
+            better = known["rank"][known.loss < row.loss - 2e-6].max()
+            worse = known["rank"][known.loss > row.loss + 2e-6].min()
+            for rank in (row.rank, ranks.rank(row.loss)[0]):
+                assert not (rank < better or rank > worse)  # NaN where there is none
+            if worse - better <= 2:
+                assert ranks.rank(row.loss) == (row.rank, True)
 
 
 def test_a_sample_of_the_committed_losses_is_computed_again():

@@ -134,6 +134,16 @@ def test_the_differences_are_paired_by_baseline_and_those_stated_beforehand():
         assert change == pytest.approx(leads[0] - leads[1])
 
 
+def test_the_committed_table_has_what_decides_for_all_baselines():
+    settings = whole_tables.read_settings(lengths.TABLE)
+    expected = lengths.settings() | {"seeds": lengths.SEEDS}
+    assert settings == json.loads(json.dumps(expected))
+    table = pd.read_csv(lengths.TABLE, comment="#")
+    jobs = table.groupby(["share", "method", "length"]).seed.apply(sorted)
+    assert all(seeds == [*lengths.SEEDS] for seeds in jobs)
+    assert {*lengths.CORE} <= {*jobs.index}
+
+
 # Rows that are kept as they are done
 
 

@@ -216,17 +216,18 @@ def network_cloud(
 def choices_side_by_side(
     maps: Mapping[str, Tensor], choices: Mapping[str, Mapping[str, Sequence[int]]], title: str
 ) -> Figure:
-    """One line a choice of filters: all feature maps, with those crossed out that don't stay.
+    """Two lines a choice of filters: all feature maps, with those crossed out that don't stay.
 
     ``maps`` (K, H, W) by layer; ``choices`` maps what is to be said of a choice to what it keeps.
     """
     filters = [(i, layer, k) for i, layer in enumerate(maps) for k in range(len(maps[layer]))]
-    figure, axes = subplots(len(choices), len(filters), 12, 1.05 * len(choices) + 0.35)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.13)
-    for row, (said, kept) in zip(axes, choices.items(), strict=True):
-        words = row[0].text(0, 1.12, said, transform=row[0].transAxes, size=11)
+    columns = len(filters) // 2
+    figure, axes = subplots(2 * len(choices), columns, 7.5, 1.75 * len(choices) + 0.35)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.08)
+    for rows, (said, kept) in zip(axes.reshape(-1, 2 * columns), choices.items(), strict=True):
+        words = rows[0].text(0, 1.12, said, transform=rows[0].transAxes, size=11)
         words.set_in_layout(False)  # it is as long as the row
-        for axis, (i, layer, k) in zip(row, filters, strict=True):
+        for axis, (i, layer, k) in zip(rows, filters, strict=True):
             on = k in kept[layer]
             brightness = PowerNorm(0.5, vmin=0, vmax=max(maps[layer].max().item(), 1e-6))
             bare_image(axis, maps[layer][k], cmap="magma", norm=brightness, alpha=1 if on else 0.25)
