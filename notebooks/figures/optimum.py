@@ -222,8 +222,8 @@ def choices_side_by_side(
     """
     filters = [(i, layer, k) for i, layer in enumerate(maps) for k in range(len(maps[layer]))]
     columns = len(filters) // 2
-    figure, axes = subplots(2 * len(choices), columns, 7.5, 1.75 * len(choices) + 0.35)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.08)
+    figure, axes = subplots(2 * len(choices), columns, 7.5, 2.1 * len(choices) + 0.4)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.14)
     for rows, (said, kept) in zip(axes.reshape(-1, 2 * columns), choices.items(), strict=True):
         words = rows[0].text(0, 1.12, said, transform=rows[0].transAxes, size=11)
         words.set_in_layout(False)  # it is as long as the row
