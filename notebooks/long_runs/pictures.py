@@ -86,7 +86,8 @@ def darkened(picture: bytes, photos: Sequence[tuple[int, int, int, int]] = ()) -
         # their edges are half page, half picture
         ImageDraw.Draw(dark).rectangle(box, outline=dark.getpixel((0, 0)), width=2)
     file = io.BytesIO()
-    dark.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    few = dark.quantize(256, dither=Image.Dither.NONE)
+    few.save(file, "PNG", optimize=True, icc_profile=None)  # which would hold the time
     return file.getvalue()
 
 
