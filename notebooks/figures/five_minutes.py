@@ -54,7 +54,8 @@ def pruning_slider(
     def slide(_=None) -> None:
         n = slider.value
         cards.value = STYLE + _cards(pictures, removed[n])
-        gone = [f"{_listed(ks)} of the {place}" for ks, place in _by_layer(removed[n])]
+        layers = zip(removed[n].values(), NAMES, strict=False)
+        gone = [f"{', '.join(map(str, ks))} of the {place}" for ks, place in layers if ks]
         which = f": {' and '.join(gone)}" if gone else ""
         accuracy = measured[n]["accuracy"]
         show(accuracy, f"{n} filters removed{which}. Accuracy {accuracy:.1%}.")
@@ -76,14 +77,6 @@ def pruning_slider(
     slide()
     beside = ipywidgets.Box([cards, bars], layout={"flex_flow": "row wrap"})
     return ipywidgets.VBox([slider, words, beside, button])
-
-
-def _by_layer(removed: Mapping[str, Sequence[int]]) -> list[tuple[Sequence[int], str]]:
-    return [(ks, place) for ks, place in zip(removed.values(), NAMES, strict=False) if ks]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _cards(pictures: Mapping[str, Sequence[str]], removed: Mapping[str, Sequence[int]]) -> str:

@@ -2,7 +2,7 @@
 
     uv run python notebooks/long_runs/every_network.py
 
-takes some seven minutes a network on two cores, and seconds on a CUDA GPU. It writes
+takes some seven minutes a network on two cores; a CUDA GPU is used if there is one. It writes
 
 - every_network_pairs.csv: for every pair of widths the best loss, the worst, quantiles between
   them, and the best subset,

@@ -33,7 +33,7 @@ from cnn_pruning.measure import count_macs
 
 import pandas as pd
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 try:
     from long_runs import whole_tables
@@ -137,7 +137,7 @@ def labels(share: float, method: str, length: float) -> dict:
     return {"share": share, "method": method, "length": length}
 
 
-def trained_baseline(seed: int, folder: Path, train, val) -> CNN:
+def trained_baseline(seed: int, folder: Path, train: Dataset, val: Dataset) -> CNN:
     """The baseline of this seed, with 16 bits a weight, kept with its rows: another machine would
     train another.
     """
@@ -162,7 +162,18 @@ def at_random(pruner: TaylorPruner, share: float, seed: int) -> dict[str, list[i
     return {name: order[name].argsort()[: len(taken[name])].tolist() for name in taken}
 
 
-def row(seed, share, method, length, network: CNN, epochs, val, test, whole: int) -> dict:
+def row(
+    seed: int,
+    share: float,
+    method: str,
+    length: float,
+    network: CNN,
+    epochs: float,
+    val: Dataset,
+    test: Dataset,
+    whole: int,
+) -> dict:
+    """What there is to say of a trained network; ``whole`` are the baseline's multiply-adds."""
     macs = count_macs(network)
     earlier = 0 if method in (SAME_EPOCHS, SAME_COMPUTE, "baseline") else BASELINE_EPOCHS
     return {

@@ -54,7 +54,7 @@ def frame(
     figure, axes = subplots(
         rows, COLUMNS + 1, 8, 2.7, gridspec_kw={"width_ratios": [1] * COLUMNS + [5]}
     )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, rect=(0, 0, 1, 0.97))
     for axis, (layer, k) in zip(axes[:, :-1].flat, cards, strict=True):
         gone = k in removed[layer]
         bare_image(axis, maps[layer][k], cmap="magma", vmin=0, vmax=1, alpha=0.15 if gone else 1)
