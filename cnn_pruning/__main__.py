@@ -156,14 +156,13 @@ def prune_step_by_step(
 def experiment(
     options: Namespace, train: TensorDataset, val: TensorDataset, test: TensorDataset
 ) -> None:
-    settings = {"batch_size": options.batch_size, "lr": options.lr, "seed": options.seed}
+    settings = {"seed": options.seed, "batch_size": options.batch_size, "lr": options.lr}
     rows = {}
 
-    about = {"channels": options.channels, "remove": options.remove, "epochs": options.epochs}
+    first = ("seed", "remove", "channels")  # what tells experiments apart
+    about = {name: value for name, value in vars(options).items() if name != "data"}
     plots.use_style()
-    with tracking.run(tracking.title(about | settings)) as parent:
-        tracking.log_settings({"remove": options.remove, "device": options.device})
-
+    with tracking.experiment({name: about[name] for name in first} | about) as parent:
         torch.manual_seed(options.seed)
         model = CNN(options.channels).to(options.device)
         with tracking.run("train"):
@@ -181,7 +180,8 @@ def experiment(
             tracking.log_network(small)
 
         with tracking.run("fine-tune"):
-            fit_and_log(small, train, val, test, epochs=options.fine_tune_epochs, **settings)
+            more = {"epochs": options.fine_tune_epochs, "trained": options.epochs}
+            fit_and_log(small, train, val, test, **more, **settings)
             rows["fine-tuned"] = accuracies(small, val, test)
             tracking.log_model(small, test[:2][0])
 

@@ -22,20 +22,22 @@ def fit_and_log(
     val: Dataset,
     test: Dataset,
     on_epoch: Callable[[Row], None] | None = None,
+    trained: int = 0,
     **settings: int | float,
 ) -> list[Row]:
     """Train ``model`` with ``fit`` and log everything to the active run; return the history.
 
     ``settings`` are those of ``fit``. They are logged as parameters, together with the channels.
-    ``train_loss``, ``val_loss`` and ``val_accuracy`` are logged after each epoch; at the end follow
-    ``test_loss``, ``test_accuracy``, the learning curves, the summary and the network. The network
-    is on this machine's disk, after each epoch, before MLflow is asked for anything.
+    ``train_loss``, ``val_loss`` and ``val_accuracy`` are logged after each epoch, counted on from
+    the ``trained`` ones, so that MLflow draws them behind those of the training before. At the end
+    follow ``test_loss``, ``test_accuracy``, the learning curves, the summary and the network. The
+    network is on this machine's disk, after each epoch, before MLflow is asked for anything.
     """
 
     def log(row: Row) -> None:
         tracking.keep_network(model)
         values = {name: value for name, value in row.items() if name != "epoch"}
-        tracking.log_metrics(values, row["epoch"])
+        tracking.log_metrics(values, trained + row["epoch"])
         if on_epoch:
             on_epoch(row)
 
@@ -83,7 +85,7 @@ def baseline(
     settings = {"seed": seed, "epochs": epochs, "batch_size": batch_size, "lr": lr}
 
     tracking.connect()
-    wanted = {"channels": model.channels, **settings}
+    wanted = {**settings, "channels": model.channels}
     for run_id in tracking.find_runs("baseline", wanted, train, test):
         try:
             return _stored(run_id, model.channels, test), run_id
@@ -91,7 +93,7 @@ def baseline(
             why = str(error).split("\n")[0]
             warnings.warn(f"The network stored in run {run_id} is not used: {why}", stacklevel=2)
 
-    with tracking.run(tracking.title(wanted)), tracking.run("train") as active:
+    with tracking.experiment(wanted), tracking.run("train") as active:
         fit_and_log(model, train, val, test, **settings)
         tracking.set_stage("baseline")
     # Read it back, so that the first call returns what the later calls will return.

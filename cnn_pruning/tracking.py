@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 from uuid import uuid4
 
 import torch
@@ -249,42 +249,69 @@ def _reason(error: BaseException) -> str:
     return (line if len(line) < 200 else f"{line[:200]}...") or type(error).__name__
 
 
-def where_to_look(active: "ActiveRun") -> str:
-    """Return two lines: how to see the runs in a browser, and which run this is and where."""
-    uri = _shown(mlflow.get_tracking_uri())
+def page(active: "ActiveRun", curves: bool = False) -> str:
+    """Return the address, behind the server's, of the list of runs, or of their ``curves``: those
+    of all runs under the parent of ``active`` on common axes.
+    """
     # Without the last part, MLflow opens on a page for language models, which is empty here.
-    page = f"#/experiments/{active.info.experiment_id}/runs"
+    runs = f"#/experiments/{active.info.experiment_id}/runs"
+    if not curves:
+        return runs
+    under = active.data.tags.get("mlflow.parentRunId", active.info.run_id)
+    # Sorted by a metric, runs stand beside each other, and not folded under their parent.
+    wanted = {
+        "compareRunsMode": "CHART",
+        "orderByKey": "metrics.`val_accuracy`",
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{under}'",
+    }
+    return f"{runs}?{urlencode(wanted)}"
+
+
+def where_to_look(active: "ActiveRun") -> str:
+    """Return two lines: how to see the curves of the steps under a run in a browser, and which run
+    that is and where.
+    """
+    uri, there = _shown(mlflow.get_tracking_uri()), page(active, curves=True)
     if uri.startswith(SERVER):
-        how = f"open {uri.rstrip('/')}/{page}"
+        how = f"open {uri.rstrip('/')}/{there}"
     else:
         command, where = f"uv run mlflow ui --backend-store-uri {shlex.quote(uri)}", ""
         if uri == _default_uri():
             command, where = "uv run mlflow ui", f" in {ROOT}"
-        how = f"type `{command}`{where} and open http://127.0.0.1:5000/{page}"
-    return f"To see the runs, {how}\nMLflow run {active.info.run_id}, in {uri}"
+        how = f"type `{command}`{where} and open http://127.0.0.1:5000/{there}"
+    return f"To see the curves, {how}\nMLflow run {active.info.run_id}, in {uri}"
 
 
 # Runs
 
 
-def title(settings: Mapping[str, object]) -> str:
-    """Return a name for a parent run that tells it from others: the time, then its settings. The
-    time is first because MLflow's list cuts long names.
+@first_alone
+@contextmanager
+def experiment(settings: Mapping[str, object]) -> Iterator["ActiveRun"]:
+    """Start a run for the block, as ``run`` does, under which those of its steps stand.
+
+    ``settings`` are its parameters and, in their order, its name. MLflow's list cuts names after
+    some twenty letters: put first what tells it from others.
     """
     said = (
         f"{name} {'-'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for name, value in settings.items()
+        if value is not None
     )
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {', '.join(said)}"
+    name = f"{', '.join(said)}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    note = "One network, and below it the runs of its steps. The metrics are those of its last one."
+    with run(name, note=note) as active:
+        log_settings(settings)
+        yield active
 
 
 @first_alone
 @contextmanager
-def run(name: str, parent: str | None = None) -> Iterator["ActiveRun"]:
-    """Start an MLflow run called ``name`` for the block.
+def run(name: str, parent: str | None = None, note: str | None = None) -> Iterator["ActiveRun"]:
+    """Start an MLflow run called ``name``, which its page describes by ``note``, for the block.
 
     It stands under the run with the id ``parent``, or else under the active run, if there is one.
-    Where the run ``parent`` has one of this name already, the new one is called "``name`` 2".
+    Where the run ``parent`` has one of this name already, the new one is called "``name`` (2)".
     Its status is finished at the end, failed if the block raises, killed if it is interrupted, by
     Ctrl-C or as ``signals_interrupt`` says. If the process dies without a word, the next
     ``connect`` marks the run as killed.
@@ -300,7 +327,7 @@ def run(name: str, parent: str | None = None) -> Iterator["ActiveRun"]:
                 under = f"tags.`mlflow.parentRunId` = '{parent}'"
                 found = mlflow.search_runs([experiment], under, output_format="list")
                 taken = {each.info.run_name for each in found}
-                names = (f"{name} {number}" for number in itertools.count(2))
+                names = (f"{name} ({number})" for number in itertools.count(2))
                 name = next(each for each in itertools.chain([name], names) if each not in taken)
             lock = f"{experiment}.{uuid4().hex}"
             folder = _folder_of_this_machine(mlflow.get_tracking_uri())
@@ -308,7 +335,9 @@ def run(name: str, parent: str | None = None) -> Iterator["ActiveRun"]:
         try:
             with _recording(f"start the run {name!r}"):
                 place = {"experiment_id": experiment, "nested": True, "parent_run_id": parent}
-                active = mlflow.start_run(run_name=name, tags={LOCK: lock}, **place)
+                active = mlflow.start_run(
+                    run_name=name, tags={LOCK: lock}, description=note, **place
+                )
             yield active
             with _recording(f"record the run {name!r}", active):
                 mlflow.end_run()
@@ -463,8 +492,8 @@ def log_figure(figure: "Figure", path: str) -> str:
     mlflow.log_figure(figure, path)
     uri, active = mlflow.get_tracking_uri(), mlflow.active_run().info
     if uri.startswith(SERVER):
-        page = f"#/experiments/{active.experiment_id}/runs/{active.run_id}/artifacts"
-        return f"{uri.rstrip('/')}/{page}"
+        files = f"#/experiments/{active.experiment_id}/runs/{active.run_id}/artifacts"
+        return f"{uri.rstrip('/')}/{files}"
     return mlflow.utils.file_utils.local_file_uri_to_path(mlflow.get_artifact_uri(path))
 
 

@@ -117,7 +117,7 @@ def test_the_line_before_says_how_to_see_the_runs(finished):
     printed, found = finished
     line = printed.splitlines()[-2]
     assert "`uv run mlflow ui" in line
-    assert line.endswith(f"/#/experiments/{found['parent'].info.experiment_id}/runs")
+    assert line.endswith(f"/{tracking.page(found['parent'], curves=True)}")
 
 
 # What it records
@@ -128,7 +128,7 @@ def test_one_run_with_a_finished_child_for_each_step(finished):
     assert list(found) == ["parent", "train", "prune", "fine-tune"]
     parent = found["parent"]
     assert parent.data.params["remove"] == "2"
-    assert "remove 2" in parent.info.run_name and "seed 3" in parent.info.run_name
+    assert parent.info.run_name.startswith("seed 3, remove 2, channels 2-3, ")
     final = found["fine-tune"].data.metrics
     columns = {"filters", "parameters", "test_loss", "test_accuracy"}
     assert parent.data.metrics == {name: final[name] for name in columns}
@@ -146,6 +146,16 @@ def test_settings_are_recorded_with_the_step_they_belong_to(finished):
     assert found["fine-tune"].data.params.items() >= {"epochs": "1", **shared}.items()
     assert found["prune"].data.params == {"criterion": "taylor", "removed": "2"}
     assert "test_accuracy" not in found["prune"].data.metrics
+
+
+def test_the_steps_of_fine_tuning_follow_those_of_training(finished, store):
+    _, found = finished
+    client = mlflow.MlflowClient()
+    steps = [
+        [m.step for m in client.get_metric_history(found[name].info.run_id, "val_accuracy")]
+        for name in ("train", "fine-tune")
+    ]
+    assert steps == [[1, 2], [3]]
 
 
 def test_the_recorded_networks_are_those_of_the_steps(finished, store):

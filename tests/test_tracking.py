@@ -15,7 +15,7 @@ import weakref
 from contextlib import contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import mlflow
 import pytest
@@ -336,13 +336,13 @@ def test_the_page_with_the_runs_is_named_with_what_to_type(tmp_path_factory):
             how, where = tracking.where_to_look(active).split("\n")
         mlflow.MlflowClient().delete_run(active.info.run_id)
     assert f"`uv run mlflow ui` in {folder} " in how
-    assert how.endswith(f" http://127.0.0.1:5000/#/experiments/{experiment}/runs")
+    assert f" http://127.0.0.1:5000/#/experiments/{experiment}/runs?" in how
     assert active.info.run_id in where and f"{folder.as_posix()}/mlflow.db" in where
 
 
 def test_a_store_elsewhere_is_named_and_a_server_has_a_page_of_its_own(store, monkeypatch):
     with tracking.run("elsewhere") as active:
-        page = f"/#/experiments/{active.info.experiment_id}/runs"
+        page = f"/{tracking.page(active, curves=True)}"
         uri = "sqlite:////else where/mlflow.db"
         monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: uri)
         how, where = tracking.where_to_look(active).split("\n")
@@ -353,6 +353,17 @@ def test_a_store_elsewhere_is_named_and_a_server_has_a_page_of_its_own(store, mo
         how, where = tracking.where_to_look(active).split("\n")
         assert how.endswith(f" open https://runs.example/team{page}") and uri in where
         assert "uv run" not in how
+
+
+def test_the_page_with_curves_asks_for_the_runs_under_one_parent(store):
+    with tracking.run("parent") as parent, tracking.run("child") as child:
+        pass
+    for active in (parent, child):
+        page, _, asked = tracking.page(active, curves=True).partition("?")
+        assert page == tracking.page(active) == f"#/experiments/{child.info.experiment_id}/runs"
+        (wanted,) = parse_qs(asked)["searchFilter"]
+        found = mlflow.search_runs([child.info.experiment_id], wanted, output_format="list")
+        assert [run.info.run_id for run in found] == [child.info.run_id]
 
 
 # Runs
@@ -403,17 +414,22 @@ def test_a_run_stands_under_the_active_run_or_under_the_one_named(store):
 def test_a_repeated_stage_of_one_parent_gets_a_name_of_its_own(store):
     with tracking.run("parent") as parent:
         pass
-    for expected in ("prune", "prune 2", "prune 3"):
+    for expected in ("prune", "prune (2)", "prune (3)"):
         with tracking.run("prune", parent.info.run_id) as again:
             assert again.info.run_name == expected
     with tracking.run("another parent") as other, tracking.run("prune", other.info.run_id) as first:
         assert first.info.run_name == "prune"
 
 
-def test_the_name_of_a_parent_tells_settings_and_time():
-    names = {tracking.title({"channels": c, "seed": s}) for c in ((8, 16), (8,)) for s in (1, 2)}
-    assert len(names) == 4
-    assert any(re.fullmatch(r"20[-\d]+ [:\d]+ channels 8-16, seed 1", name) for name in names)
+def test_an_experiment_has_its_settings_as_its_name_and_as_parameters(store):
+    settings = {"seed": 1, "updates": None, "channels": (8, 16)}
+    with tracking.experiment(settings) as parent, tracking.run("train") as child:
+        pass
+    assert re.fullmatch(r"seed 1, channels 8-16, 20[-\d]+ [:\d]+", parent.info.run_name)
+    data = mlflow.get_run(parent.info.run_id).data
+    assert data.params == {name: str(value) for name, value in settings.items()}
+    assert "below it the runs of its steps" in data.tags["mlflow.note.content"]
+    assert tracking.parent_of(child.info.run_id) == parent.info.run_id
 
 
 # How they end
