@@ -9,12 +9,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-
-from cnn_pruning.experiments.paths import locked_folder
 
 STOPS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
@@ -93,9 +91,26 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def alone(folder: Path) -> AbstractContextManager[None]:
-    """Only one process at a time is in this block and looks at who in ``folder`` is alive."""
-    return locked_folder(folder, "all.lock")
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time is in this block and looks at who in ``folder`` is alive.
+
+    ``folder`` is made. If the block raises, it and those above it are removed if they are new and
+    empty.
+    """
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    lock = FileLock(folder / "all.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock:
+            yield
+    except BaseException:
+        with suppress(OSError):
+            if new:
+                Path(lock.lock_file).unlink(missing_ok=True)
+            for each in new:
+                each.rmdir()
+        raise
 
 
 @contextmanager

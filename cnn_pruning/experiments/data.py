@@ -1,10 +1,14 @@
 """FashionMNIST as tensors, split into train, validation and test; mini-batches."""
 
+import gzip
+import hashlib
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
+from urllib.request import urlretrieve
 
 import torch
 from torch import Tensor
@@ -20,24 +24,14 @@ from torch.utils.data import (
     default_collate,
 )
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import calculate_md5, check_integrity
 
-from cnn_pruning.experiments.paths import ROOT, locked_folder
+from cnn_pruning.experiments.paths import ROOT
 from cnn_pruning.experiments.ranks import Shared, agree, of_all, own
 from cnn_pruning.network.checks import integer, shown
 from cnn_pruning.network.passes import Inputs
 
 CLASSES = tuple(FashionMNIST.classes)
 VALIDATION_SIZE = 5_000
-
-# torchvision checks the archives' sums, but of the extracted files only that they exist.
-_EXTRACTED_MD5 = {
-    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
-}
-_ARCHIVE_MD5 = dict(FashionMNIST.resources)
 
 
 def fashion_mnist(
@@ -49,9 +43,9 @@ def fashion_mnist(
     int64 (N,). The validation images are taken out of the original training images by a fixed
     stratified draw: 500 of each class, the same ones on every call.
 
-    The files are looked for in ``root/FashionMNIST/raw`` (by default in the repository's ``data``
-    folder) and checked against their MD5 sums. The first call extracts the archives, once, even
-    when several processes start together. Archives that are missing are downloaded.
+    The archives are read where torchvision has them, in ``root/FashionMNIST/raw`` (by default in
+    the repository's ``data`` folder), and checked against their MD5 sums. Nothing is extracted.
+    Archives that are missing are downloaded.
 
     Raises ``ValueError`` if an archive is damaged, ``ConnectionError`` if one is missing and
     can't be downloaded, ``OSError`` if the folder can't be written to.
@@ -63,23 +57,60 @@ def fashion_mnist(
         folder.resolve()  # fails for what can't be a path
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"root must be a folder, but it is {shown(root)} ({error}).") from error
-    root = folder
-    if _damaged(root, _EXTRACTED_MD5):
-        _extract(root)
-
-    original = FashionMNIST(root, train=True)
-    test = FashionMNIST(root, train=False)
-    labels = original.targets
+    images, labels = _read(folder, "train")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     per_class = VALIDATION_SIZE // len(CLASSES)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(len(CLASSES)):
         held_out[shuffled[labels[shuffled] == label][:per_class]] = True
     return (
-        _floats(original.data[~held_out], labels[~held_out]),
-        _floats(original.data[held_out], labels[held_out]),
-        _floats(test.data, test.targets),
+        TensorDataset(images[~held_out], labels[~held_out]),
+        TensorDataset(images[held_out], labels[held_out]),
+        TensorDataset(*_read(folder, "t10k")),
     )
+
+
+def _read(root: Path, part: str) -> tuple[Tensor, Tensor]:
+    """The images and labels of a part, behind the headers of their files."""
+    raw = root / "FashionMNIST" / "raw"
+    pixels = _unpacked(raw / f"{part}-images-idx3-ubyte.gz")[16:]
+    labels = _unpacked(raw / f"{part}-labels-idx1-ubyte.gz")[8:]
+    images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 1, 28, 28) / 255
+    return images, torch.frombuffer(labels, dtype=torch.uint8).long()
+
+
+def _unpacked(archive: Path) -> bytearray:
+    if not archive.exists():
+        _download(archive)
+    packed = archive.read_bytes()
+    expected, found = dict(FashionMNIST.resources)[archive.name], hashlib.md5(packed).hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{archive} is damaged (its MD5 sum is {found}, not {expected}): restore it with "
+            "`git checkout`, or delete it to have it downloaded."
+        )
+    return bytearray(gzip.decompress(packed))
+
+
+def _download(archive: Path) -> None:
+    """Download an archive, whole or not at all."""
+    raw = archive.parent
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw) as folder:
+            half = Path(folder) / archive.name
+            urlretrieve(FashionMNIST.mirrors[0] + archive.name, half)
+            half.replace(archive)
+    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        raise ConnectionError(
+            f"{archive.name} is not in {raw} and could not be downloaded "
+            f"({' '.join(str(error).split())}): put the four .gz archives there."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"{archive.name} could not be downloaded into {raw} ({error}): make that folder "
+            "writable, or name another one with fashion_mnist(root=...)."
+        ) from error
 
 
 def batches(
@@ -88,9 +119,9 @@ def batches(
     """Return a loader of (images, labels) mini-batches, shuffled if a ``generator`` is given.
 
     ``dataset`` is any dataset of (image, label) with a length, or of ((image, vector), label) for a
-    network of several inputs; a ``TensorDataset`` is fetched a
-    whole batch at a time, which is much faster. The last batch may be smaller. For a ``Shared``
-    one the loader has what this rank reads: in training, at least one image of each mini-batch.
+    network of several inputs; a ``TensorDataset`` is fetched a whole batch at a time, which is much
+    faster. The last batch may be smaller. For a ``Shared`` one the loader has what this rank reads:
+    in training, at least one image of each mini-batch.
 
     Raises ``TypeError`` for what isn't such a dataset, at once or at its first item, and
     ``ValueError`` for an empty one, a ``batch_size`` that isn't a positive integer, or another one
@@ -207,42 +238,3 @@ def _check_item(item: object) -> None:
         f"{found}: use TensorDataset(images, labels), or a transform such as torchvision's "
         "ToTensor, and number the classes."
     )
-
-
-def _floats(pixels: Tensor, labels: Tensor) -> TensorDataset:
-    return TensorDataset(pixels.unsqueeze(1) / 255, labels)
-
-
-def _damaged(root: Path, md5: dict[str, str]) -> list[Path]:
-    """The files of ``md5`` that are missing from ``root`` or differ from their sums."""
-    files = {root / "FashionMNIST" / "raw" / name: expected for name, expected in md5.items()}
-    return [path for path, expected in files.items() if not check_integrity(path, expected)]
-
-
-def _extract(root: Path) -> None:
-    raw = root / "FashionMNIST" / "raw"
-    try:
-        with locked_folder(raw, ".lock"):
-            damaged = _damaged(root, _EXTRACTED_MD5)
-            if not damaged:  # another process was here first
-                return
-            for archive in _damaged(root, _ARCHIVE_MD5):
-                if archive.exists():
-                    raise ValueError(
-                        f"{archive} is damaged (its MD5 sum is {calculate_md5(archive)}, not "
-                        f"{_ARCHIVE_MD5[archive.name]}): restore it with `git checkout`, or "
-                        "delete it to have it downloaded."
-                    )
-            for file in damaged:
-                file.unlink(missing_ok=True)
-            FashionMNIST(root, download=True)
-    except (RuntimeError, URLError, HTTPException, ConnectionError, TimeoutError) as error:
-        raise ConnectionError(
-            f"FashionMNIST is not complete in {raw} and could not be downloaded "
-            f"({' '.join(str(error).split())}): put the four .gz archives there."
-        ) from error
-    except OSError as error:
-        raise OSError(
-            f"FashionMNIST could not be extracted in {raw} ({error}): make that folder writable, "
-            "with 60 MB of room, or name another one with fashion_mnist(root=...)."
-        ) from error
