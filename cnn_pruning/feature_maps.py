@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning.experiments.data import batches, few_images
 from cnn_pruning.network import passes
@@ -17,6 +17,7 @@ from cnn_pruning.network.reading import check_keep, only_exact, read
 # On a CPU, so many images go through at once that their feature maps have some 10 MiB: more leave
 # the cache, and below 32 images what each operation costs by itself counts (measured).
 BYTES, FEWEST = 10 * 2**20, 32
+JOINED = 1_000  # so many are fetched together, if they lie in the memory anyway
 
 
 def scorable(
@@ -89,8 +90,10 @@ def feature_maps(
     """
     model, at_once = network.model, [FEWEST]
     unseen: set[str] = set()
-    loader = batches(data, batch_size)
-    for images, labels in passes.pieces(loader, passes.device_of(model), lambda: at_once[0]):
+    loader, device = batches(data, batch_size), passes.device_of(model)
+    if device.type == "cpu" and type(data) is TensorDataset:  # small batches make small pieces
+        loader = batches(data, max(int(batch_size), JOINED))
+    for images, labels in passes.pieces(loader, device, lambda: at_once[0]):
         found: list[Seen] = []
 
         def keep(seen: Seen, found: list[Seen] = found) -> Tensor | None:

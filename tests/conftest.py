@@ -29,6 +29,16 @@ def _processes(request):
         multiprocessing.forkserver.ensure_running()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _small_batches():
+    """Scoring joins small batches. In tests it doesn't: most are about results of several ones."""
+    from cnn_pruning import feature_maps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_maps, "JOINED", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def processes():
     """The multiprocessing context in which processes start fast."""

@@ -20,7 +20,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from cnn_pruning import CNN, evaluate, filter_scores, normalize, remove_filters
+from cnn_pruning import (
+    CNN,
+    evaluate,
+    feature_maps,
+    filter_scores,
+    normalize,
+    remove_filters,
+)
 from cnn_pruning.criteria import CRITERIA, obd, taylor
 from cnn_pruning.feature_maps import scorable
 from cnn_pruning.oracle import oracle
@@ -78,6 +85,27 @@ def test_scores_do_not_depend_on_the_batch_size(seed):
     for batch_size in (1, 3):
         scores = filter_scores(network.model, data, batch_size=batch_size)
         torch.testing.assert_close(scores, whole)
+
+
+def test_small_batches_are_joined_and_the_scores_are_the_same(monkeypatch):
+    sizes = []
+
+    def watched(feature_map, gradient):
+        sizes.append(len(feature_map))
+        return taylor(feature_map, gradient)
+
+    network = random_network(0)
+    data = random_data(network, size=50)
+    apart = filter_scores(network.model, data, watched, batch_size=3)
+    assert max(sizes) == 3
+    sizes.clear()
+    monkeypatch.setattr(feature_maps, "JOINED", 1000)
+    together = filter_scores(network.model, data, watched, batch_size=3)
+    assert max(sizes) >= 32 and sum(sizes) == 50 * len(apart)
+    torch.testing.assert_close(together, apart)
+    sizes.clear()
+    filter_scores(network.model, list(data), watched, batch_size=3)  # fetched one by one
+    assert max(sizes) == 3
 
 
 def test_a_large_batch_goes_through_in_pieces_so_that_the_memory_does_not_grow_with_it():
