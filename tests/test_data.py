@@ -3,7 +3,6 @@ import http.client
 import re
 import shutil
 import tempfile
-import urllib.request
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import FashionMNIST
 
 from cnn_pruning import fashion_mnist
+from cnn_pruning.experiments import data
 from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.paths import ROOT
 
@@ -104,7 +104,7 @@ def test_archives_are_read_offline_and_nothing_is_written(root, splits, monkeypa
     def no_network(*args, **kwargs):
         pytest.fail("the network was asked")
 
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(data, "urlopen", no_network)
     before = sorted(root.rglob("*"))
     raw_of(root).chmod(0o500)
     try:
@@ -161,7 +161,7 @@ def connection_that_breaks_off(monkeypatch):
     def urlopen(*args, **kwargs):
         raise http.client.RemoteDisconnected("Remote end closed connection without response")
 
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(data, "urlopen", urlopen)
 
 
 @pytest.mark.parametrize("block", [mirror_without_files, connection_that_breaks_off])

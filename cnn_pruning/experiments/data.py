@@ -5,10 +5,11 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
-from urllib.request import urlretrieve
+from urllib.request import urlopen
 
 import torch
 from torch import Tensor
@@ -80,9 +81,7 @@ def _read(root: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _unpacked(archive: Path) -> bytearray:
-    if not archive.exists():
-        _download(archive)
-    packed = archive.read_bytes()
+    packed = archive.read_bytes() if archive.exists() else _downloaded(archive)
     expected, found = dict(FashionMNIST.resources)[archive.name], hashlib.md5(packed).hexdigest()
     if found != expected:
         raise ValueError(
@@ -92,15 +91,18 @@ def _unpacked(archive: Path) -> bytearray:
     return bytearray(gzip.decompress(packed))
 
 
-def _download(archive: Path) -> None:
-    """Download an archive, whole or not at all."""
+def _downloaded(archive: Path) -> bytes:
+    """Download an archive to its place, whole or not at all, and return it."""
     raw = archive.parent
+    new = [each for each in (raw, *raw.parents) if not each.exists()]
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=raw) as folder:
             half = Path(folder) / archive.name
-            urlretrieve(FashionMNIST.mirrors[0] + archive.name, half)
+            with urlopen(FashionMNIST.mirrors[0] + archive.name, timeout=60) as answer:
+                half.write_bytes(answer.read())
             half.replace(archive)
+        return archive.read_bytes()
     except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"{archive.name} is not in {raw} and could not be downloaded "
@@ -111,6 +113,10 @@ def _download(archive: Path) -> None:
             f"{archive.name} could not be downloaded into {raw} ({error}): make that folder "
             "writable, or name another one with fashion_mnist(root=...)."
         ) from error
+    finally:
+        with suppress(OSError):  # only what is new and empty goes
+            for each in new:
+                each.rmdir()
 
 
 def batches(
