@@ -152,7 +152,7 @@ class Budget:
         if not self.holds(smallest):
             raise ValueError(
                 f"The network can't get down to {self.most:,.6g} {self.name}: it keeps at least "
-                f"{self.size(smallest):,.6g}."
+                f"{self.size(smallest):,.6g}, by keep, min_filters, max_share or multiple_of."
             )
 
 

@@ -50,7 +50,8 @@ def filter_scores(
 
     The gradient is that of each example's own cross-entropy: the network returns logits
     (N, classes), and the labels are integers. With ``cost``, a function of (outputs, labels) that
-    returns (N,), it is that of each example's own cost, and both may be anything.
+    returns (N,), it is that of each example's own cost, which must not depend on the others, and
+    both may be anything.
 
     The network runs in evaluation mode and is left as it was: no ``.grad``, hook or flag changes.
     Neither ``batch_size`` nor the order of the examples changes the result beyond rounding (of

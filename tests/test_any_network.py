@@ -577,9 +577,13 @@ def test_a_budget_out_of_reach_is_a_value_error_that_says_what_is_left(budget):
     ((name, _),) = budget.items()
     pruner = TaylorPruner(model)
     pruner.score(data)
-    with pytest.raises(ValueError, match=rf"^The network can't get down to .* {name}: it .*\d\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^The network can't get down to .* {name}: it .*\d, by keep"
+    ):
         pruner.prune(**budget)
-    with pytest.raises(ValueError, match=rf"^The network can't get down to .* {name}: it .*\d\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^The network can't get down to .* {name}: it .*\d, by keep"
+    ):
         next(prune_iteratively(model, data, data, updates=0, **budget))
 
 
@@ -1293,6 +1297,66 @@ def test_a_chain_with_a_sync_batch_norm_needs_no_images():
     maps[:, [1, 2]] = 0
     assert_close(small(images), model[3:](maps))
     assert small[1].num_features == len(small[1].running_mean) == 2
+
+
+class Attended(nn.Module):
+    """Maps times one map that is made of them, beside other maps: an attention gate."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+        self.a, self.b, self.psi, self.c = conv(1, 4), conv(4, 3), conv(3, 1), conv(7, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x, gone=()):
+        a = F.silu(self.a(x))
+        if gone:
+            a = a.index_fill(1, torch.tensor(gone), 0)
+        b = F.silu(self.b(a))
+        maps = torch.cat([self.times(a, torch.sigmoid(self.psi(b))), b], 1)
+        return self.head(F.silu(self.c(maps)).mean((2, 3)))
+
+
+def test_maps_times_one_map_are_read_in_either_order():
+    data, found = images_and_labels(), []
+    for times in (lambda a, p: a * p, lambda a, p: p * a, lambda a, p: p * (a * p)):
+        torch.manual_seed(0)
+        model = Attended(times).double().eval()
+        found.append(filter_scores(model, data))
+        assert list(found[-1]) == ["a", "b", "c"]
+        small = remove_filters(model, {"a": [0, 2]}, data)
+        assert_close(small(data.tensors[0]), model(data.tensors[0], gone=(0, 2)))
+    assert_close(found[0], found[1])
+
+
+class Video(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 3, 3, padding=1)
+        self.times, self.head = nn.Parameter(torch.randn(1, 4, 6, 1, 1)), nn.Linear(3, 3)
+
+    def forward(self, x, gone=()):
+        a = F.silu(self.a(x) + self.times)
+        if gone:
+            a = a.index_fill(1, torch.tensor(gone), 0)
+        return self.head(F.silu(self.b(a)).mean((2, 3, 4)))
+
+
+def test_a_parameter_of_a_video_s_maps_loses_channels_and_not_images():
+    torch.manual_seed(0)
+    model, videos = Video().double().eval(), torch.rand(4, 1, 6, 5, 5).double()
+    small = remove_filters(model, {"a": [1]}, videos)
+    assert small.times.shape == (1, 3, 6, 1, 1)
+    assert_close(small(videos), model(videos, gone=[1]))
+
+
+def test_every_convolution_whose_filters_stay_is_named():
+    torch.manual_seed(0)
+    way = (lambda m, z: (z + m.other(z)).flip(1), 4)
+    model = Middle(*way, other=conv(4, 4)).double()
+    with pytest.warns(UserWarning, match=r"first, other \("):
+        scores = filter_scores(model, images_and_labels())
+    assert list(scores) == ["second"]
 
 
 def tied_decoder(m, z):

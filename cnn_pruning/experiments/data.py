@@ -240,7 +240,8 @@ def _check_item(item: object) -> None:
                 return
         found = f"({', '.join(type(part).__name__ for part in item)})"
     raise TypeError(
-        "Each item of the data must be (image, label), a tensor and an integer, but one is "
-        f"{found}: use TensorDataset(images, labels), or a transform such as torchvision's "
-        "ToTensor, and number the classes."
+        "Each item of the data must be (image, label), a tensor and an integer, or "
+        f"((image, vector), label) for a network of several inputs, but one is {found}: use "
+        "TensorDataset(images, labels), or a transform such as torchvision's ToTensor, and number "
+        "the classes."
     )

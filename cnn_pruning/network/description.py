@@ -82,9 +82,15 @@ class Network:
         return {name: group.filters for name, group in self.groups.items()}
 
     def without(self, reasons: dict[str, str]) -> "Network":
-        """The same network without some of its groups, and why they can't go."""
+        """The same network without some of its groups, and why their filters can't go."""
         groups = {name: group for name, group in self.groups.items() if name not in reasons}
-        return replace(self, groups=groups, left_out=self.left_out | reasons)
+        named = {
+            part.name: why
+            for name, why in reasons.items()
+            for part in self.groups[name].side("out")
+            if isinstance(self.layer(part.name), CONV | nn.Linear)
+        }
+        return replace(self, groups=groups, left_out=self.left_out | named)
 
     def only(self, wanted: Callable[[str], bool]) -> "Network":
         """The same network with fewer of its groups."""

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
+from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
 from torch_pruning.ops import OPTYPE, _OutputOp
 
 from cnn_pruning.network.checks import first_line
@@ -43,6 +44,18 @@ BY_VALUE = ("__bool__", "__int__", "__float__", "item", "nonzero", "nms", "maske
 
 class _Obstacle(Exception):
     """Why the filters that are being followed can't go."""
+
+
+class _Graph(torch_pruning.DependencyGraph):
+    """A graph in which the widest input of an operation tells its width: of maps times one map that
+    is theirs, in either order. Torch-Pruning asks the last one.
+    """
+
+    def _build_dependency(self, module2node: dict) -> None:
+        super()._build_dependency(module2node)
+        for node in reversed(module2node.values()):  # what comes first is known first
+            if node.type == OPTYPE.ELEMENTWISE:
+                node.inputs.sort(key=lambda n: infer_out_channels_recursively(self, n, [0]) or 0)
 
 
 class _Images(BATCH_NORM):
@@ -183,7 +196,7 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
         # Only outputs that aren't a layer's are marked as the network's, so here are clones.
         return [output.clone() for output in found]
 
-    graph = torch_pruning.DependencyGraph()
+    graph = _Graph()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -208,8 +221,8 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
 
 
 def _axis_of(parameter: Tensor) -> int | None:
-    """The axis of the channels: of (1, C, H, W), (C, H, W), or the last one longer than 1."""
-    if parameter.dim() == 4:
+    """The axis of the channels: of (1, C, H, W) or more, (C, H, W), or the last longer than 1."""
+    if parameter.dim() > 3:
         return 1 if len(parameter) == 1 < parameter.shape[1] else None
     if parameter.dim() == 3 and len(parameter) > 1:
         return 0
@@ -233,11 +246,13 @@ class _Reader:
         sizes = [size for parameter in traced.parameters() for size in parameter.shape]
         self.most = 2 * max(sizes, default=0)  # more channels are a sign of a misread operation
         self.broken = set()
-        for node in graph.module2node.values():
-            try:
-                MAPPINGS.get(node.type, lambda *_: None)(graph, node)
-            except Exception:  # Torch-Pruning can't say what this operation does to channels
-                self.broken.add(node)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for node in graph.module2node.values():
+                try:
+                    MAPPINGS.get(node.type, lambda *_: None)(graph, node)
+                except Exception:  # Torch-Pruning can't say what this operation does to channels
+                    self.broken.add(node)
 
     def group(self, name: str, layer: nn.Module) -> tuple[Group, set[nn.Module]]:
         """The group of a layer's filters, and the layers whose channels are all in it."""

@@ -57,8 +57,8 @@ def side_by_side(network: Network, found: list[Seen], examples: int) -> Maps:
         for name, part in seen.parts.items():
             if len(seen.z) != examples:
                 raise TypeError(
-                    f"{name} puts out {len(seen.z)} feature maps for {examples} examples: hand in "
-                    "data of one image for each example."
+                    f"{name} puts out {len(seen.z)} feature maps for {examples} examples: call it in "
+                    "forward once for each image of an example, or hand in one image for each."
                 )
             for row, values in zip(rows[name], (seen.z.detach(), seen.slope), strict=True):
                 if values is not None:
