@@ -1,8 +1,10 @@
 """Random chain networks and random data, for the tests of what must hold for every network."""
 
 import random
+import warnings
 from dataclasses import dataclass
 
+import numpy
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -38,21 +40,48 @@ def assert_same(left, right) -> None:
         assert left == right
 
 
-def state_of(model: nn.Module) -> dict:
-    """All that a function which leaves ``model`` as it was could leave behind."""
+def state_of(model: nn.Module, *tensors: Tensor) -> dict:
+    """All that a function which leaves its caller's things as they were could leave behind: in
+    ``model``, on ``tensors``, and in the process.
+    """
     modules = list(model.modules())
+    named = dict([*model.named_parameters(), *model.named_buffers()])  # also what isn't saved
+    values = [*named.values(), *tensors]
     return {
-        "values": {name: value.clone() for name, value in model.state_dict().items()},
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "values": {name: value.detach().clone() for name, value in named.items()},
+        "tensors": [value.clone() for value in tensors],
+        "grads": [None if value.grad is None else value.grad.clone() for value in values],
+        "requires_grad": [value.requires_grad for value in values],
+        "layout": [value.stride() for value in values],
+        "on tensors": [(sorted(vars(value)), value._backward_hooks) for value in values],
         "training": [m.training for m in modules],
-        "hooks": [
-            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for m in modules
-        ],
+        "hooks": [[len(getattr(m, name)) for name in HOOKS] for m in modules],
+        "hooks of all": [len(getattr(nn.modules.module, f"_global{name}")) for name in HOOKS],
         "attributes": [sorted(vars(m)) for m in modules],
-        "random": torch.get_rng_state(),
+        "classes": [type(m) for m in modules],
+        "random": random_numbers(),
+        "modes": (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_anomaly_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            len(torch.overrides._get_current_function_mode_stack()),
+        ),
+        "warnings": ("ignore", None, Warning, None, 0) in warnings.filters,
     }
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def random_numbers() -> list:
+    """Where PyTorch's, Python's and numpy's random numbers stand."""
+    _, numbers, *rest = numpy.random.get_state()
+    return [torch.get_rng_state(), random.getstate(), numbers.tolist(), rest]
 
 
 @dataclass

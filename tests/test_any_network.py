@@ -1553,16 +1553,12 @@ def all_of_pytorch():
 
 
 def all_around(model, data):
-    """More than ``state_of``: layouts, places in memory, what is on tensors, all random numbers."""
+    """``state_of``, and that all is in the same places."""
     tensors = [*model.parameters(), *model.buffers(), *data.tensors]
     return {
-        **state_of(model),
-        "layout": [(t.stride(), t.data_ptr(), t._version, vars(t).copy()) for t in tensors],
-        "hooks of tensors": [t._backward_hooks for t in tensors],
+        **state_of(model, *data.tensors),
+        "places": [(t.data_ptr(), t._version) for t in tensors],
         "objects": [(id(m), sorted(map(str, vars(m)))) for m in model.modules()],
-        "Python's": random.getstate(),
-        "numpy's": [str(part) for part in np.random.get_state()],
-        "modes": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
     }
 
 
