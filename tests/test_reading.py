@@ -146,6 +146,14 @@ WAYS = {
         lambda m, x: (lambda z: m.head(flatten(F.dropout(z) if m.training else z)))(maps(m, x)),
         256,
     ),
+    "in place after pooling": (
+        lambda m, x: m.head(flatten(F.avg_pool2d(m.second(F.relu(m.first(x))), 2).mul_(2).tanh_())),
+        64,
+    ),
+    "in place before and after pooling": (
+        lambda m, x: m.head(flatten(F.max_pool2d(maps(m, x).relu_(), 2).add_(1))),
+        64,
+    ),
     "a tail that is no chain": (
         lambda m, x: (y := m.head(flatten(m.second(m.first(x))))) + y.tanh(),
         256,
@@ -379,6 +387,18 @@ HALF = {
         lambda m, x: m.head(F.pad(flatten(m.second(m.first(x))), (0, 0))),
         *(256, ["first", "second"], ""),
     ),
+    "padding of the channels": (
+        lambda m, x: m.head(flatten(m.second(F.pad(m.first(x), (0, 0, 0, 0, -1, 1))))),
+        *(256, ["second"], r"first \(something behind them"),
+    ),
+    "padding of the last channels": (
+        lambda m, x: m.head(flatten(F.pad(maps(m, x), (0, 0, 0, 0, 0, 4)))),
+        *(512, ["first"], r"second \(view behind them"),
+    ),
+    "one forbidden use among allowed ones": (
+        lambda m, x: m.head(flatten(m.second(z := m.first(x)) + m.second(z.relu() - z.flip(1)))),
+        *(256, ["second"], r"first \(flip"),
+    ),
     "mean over one axis": (
         lambda m, x: m.head(maps(m, x).mean(3).flatten(1)),
         *(32, ["first", "second"], ""),
@@ -423,6 +443,18 @@ REFUSED = {
     "dropout in evaluation, in the tail": (
         lambda m, x: F.dropout(m.head(flatten(m.second(m.first(x)))), 0.5),
         r"training=self\.training",
+    ),
+    "dropout by keyword": (
+        lambda m, x: m.head(flatten(F.dropout(input=m.second(m.first(x)), p=0.5, training=True))),
+        r"training=self\.training",
+    ),
+    "another kind of dropout": (
+        lambda m, x: m.head(flatten(F.feature_alpha_dropout(m.second(m.first(x)), 0.5, True))),
+        r"training=self\.training",
+    ),
+    "values chosen by a condition": (
+        lambda m, x: m.head(flatten(m.second(m.first(x)))) * x[x > 0].mean(),
+        "depends on values that it computes",
     ),
     "another activation in training": (
         lambda m, x: m.head(
@@ -810,3 +842,57 @@ def test_frozen_layers_may_be_followed_by_ones_that_work_in_place():
     assert list(filter_scores(model, some)) == ["first", "second"]
     (step,) = prune_iteratively(model, some, some, filters=8, updates=2)
     assert step.filters == 8
+
+
+@pytest.mark.parametrize(("groups", "scored"), [((2, 2), 2), ((2, 4), 2), ((4, 1), 4)])
+def test_two_convolutions_on_one_map_lose_what_their_groups_can(groups, scored):
+    def both(m, x):
+        z = F.relu(m.first(x))
+        return m.head(flatten(torch.tanh(m.one(z) + m.two(z))))
+
+    model = Net(both)
+    model.first = nn.Conv2d(1, 4, 3, padding=1)
+    model.one = nn.Conv2d(4, 4, 3, padding=1, groups=groups[0])
+    model.two = nn.Conv2d(4, 4, 1, groups=groups[1])
+    check_exact(model, data().tensors[0])
+    assert len(filter_scores(model, data())["first"]) == scored
+
+
+def test_tokens_behind_a_linear_layer_are_units_of_it():
+    model = Net(lambda m, x: m.head(F.gelu(m.tokens(maps(m, x).flatten(2).mT)).mean(1)), 6)
+    model.tokens = nn.Linear(4, 6)
+    some = data()
+    assert check_exact(model, some.tensors[0]) == ["first", "second"]
+    scores = filter_scores(model, some, linear=True)
+    assert list(scores) == ["first", "second", "tokens"]
+    small = remove_filters(model, {"tokens": [1, 4]}, some)
+    assert (small.tokens.out_features, small.head.in_features) == (4, 4)
+    with mask_filters(model, {"tokens": [1, 4]}, some):
+        torch.testing.assert_close(small(some.tensors[0]), model(some.tensors[0]))
+
+
+def test_a_network_that_puts_out_integers_has_nothing_to_score():
+    model = Net(lambda m, x: m.head(flatten(m.second(m.first(x)))).argmax(1))
+    with pytest.raises(TypeError, match=r"no filters that could go \(first, second \(no gradient"):
+        filter_scores(model, data(), cost=lambda outputs, labels: outputs.float())
+
+
+def test_frames_that_a_module_folds_into_the_batch_are_refused():
+    layers = [nn.Flatten(0, 1), nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)]
+    model = nn.Sequential(*layers, nn.Unflatten(0, (-1, 2)), nn.Flatten(1), nn.Linear(6, 3))
+    with pytest.raises(TypeError, match=r"1 puts out \d+ feature maps for \d+ examples"):
+        filter_scores(model, data(shape=(2, 1, 8, 8)))
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_hooks_on_all_modules_are_refused_and_stay(kind):
+    handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
+    try:
+        model = Net(WAYS["functions"][0])
+        before = state_of(model)
+        for use in everything(model, data()):
+            with pytest.raises(TypeError, match="hooks on all modules"):
+                use()
+        assert_same(state_of(model), before)
+    finally:
+        handle.remove()
