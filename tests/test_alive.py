@@ -69,6 +69,15 @@ def test_a_dead_one_stays_if_whoever_looks_at_it_fails(tmp_path):
     assert dead(tmp_path) == ["1.old"]
 
 
+def test_who_looks_at_the_dead_may_clear_up(tmp_path):
+    for name in ("1.old", "1.older"):
+        (tmp_path / f"{name}.alive").touch()
+    with alone(tmp_path):
+        for name in the_dead(tmp_path):
+            (tmp_path / f"{name}.alive").unlink()
+    assert files(tmp_path) == ["all.lock"]
+
+
 def test_nobody_looks_at_the_dead_while_another_does(tmp_path):
     with alone(tmp_path), pytest.raises(Timeout):
         FileLock(tmp_path / "all.lock").acquire(timeout=0)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import mlflow
 import pytest
@@ -14,6 +15,7 @@ from stores import (
     runs,
     status,
 )
+from torch.utils.data import TensorDataset
 
 from cnn_pruning import baseline as baselines
 from cnn_pruning import evaluate, tracking
@@ -93,12 +95,42 @@ def test_other_settings_are_another_baseline(store, other):
     assert baseline(**{"seed": 20, **other})[1] == run_id
 
 
-def test_other_training_data_are_another_baseline(store):
+@pytest.mark.parametrize("split", [0, 2], ids=["training", "test"])
+def test_other_training_or_test_data_are_another_baseline(store, split):
     _, run_id = baseline(seed=20)
-    other = dataset(60, seed=9)
-    _, another = baselines.baseline(other, *SPLITS[1:], (2, 3), 20, **SETTINGS)
+    splits = list(SPLITS)
+    splits[split] = dataset(len(SPLITS[split]), seed=9)
+    _, another = baselines.baseline(*splits, (2, 3), 20, **SETTINGS)
     assert another != run_id
     assert baseline(seed=20)[1] == run_id
+
+
+def test_a_run_without_its_accuracy_is_no_baseline(store):
+    settings = SETTINGS | {"seed": 28}
+    with tracking.run("train") as active:
+        model = network()
+        tracking.log_settings({"channels": tracking.widths(model), **settings})
+        for name, data in (("train", SPLITS[0]), ("test", SPLITS[2])):
+            tracking.log_data(data, name)
+        tracking.log_network(model)
+        tracking.set_stage("baseline")
+    run_id = active.info.run_id
+    assert tracking.find_runs("baseline", settings, SPLITS[0], SPLITS[2]) == [run_id]
+    assert math.isnan(tracking.metric(run_id, "test_accuracy"))
+    with pytest.warns(UserWarning, match=f"stored in run {run_id} is not used: .*nan% was logged"):
+        assert baseline(seed=28)[1] != run_id
+
+
+@pytest.mark.parametrize("split", range(3))
+@pytest.mark.parametrize("wrong", ["none", "no labels"])
+def test_splits_that_cannot_be_used_are_an_error_before_the_store_is_opened(
+    monkeypatch, split, wrong
+):
+    monkeypatch.setattr(tracking, "connect", lambda: pytest.fail("the store was opened"))
+    splits = list(SPLITS)
+    splits[split] = dataset(0) if wrong == "none" else TensorDataset(SPLITS[0].tensors[0])
+    with pytest.raises((ValueError, TypeError), match=r"is empty|must be \(image, label\)"):
+        baselines.baseline(*splits, (2, 3), 20, **SETTINGS)
 
 
 def test_a_training_that_is_not_marked_is_no_baseline(store):

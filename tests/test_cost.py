@@ -6,6 +6,7 @@ from them.
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils.data import Dataset, TensorDataset
 
-from cnn_pruning import CNN, TaylorPruner, evaluate, filter_scores, fit
+from cnn_pruning import CNN, TaylorPruner, evaluate, filter_scores, fit, mask_filters
 from cnn_pruning.criteria import CRITERIA, taylor
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.oracle import oracle, oracle_abs
@@ -129,6 +130,58 @@ def test_every_step_is_scored_trained_and_evaluated_by_the_cost(criterion, updat
             assert_close(three[name], 3 * values)
 
 
+class Tokens(nn.Module):
+    """Its last layer is linear in the channels at each place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.last = nn.Conv2d(1, 3, 3), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.conv(x)).flatten(2).mT)
+
+
+def test_the_oracle_of_a_network_that_puts_out_tokens_is_that_of_the_masked_one():
+    def cost(outputs, numbers):
+        return outputs.square().sum((1, 2))
+
+    model = Tokens().double()
+    base, _ = evaluate(model, TRAIN, cost=cost)
+    for k, change in enumerate(filter_scores(model, TRAIN, "oracle", cost=cost)["conv"]):
+        with mask_filters(model, {"conv": [k]}, TRAIN):
+            masked, _ = evaluate(model, TRAIN, cost=cost)
+        assert_close(change.item(), masked - base)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 2, 3)
+        self.heads = nn.ModuleList([nn.Linear(48, 3), nn.Linear(32, 3)])
+
+    def forward(self, x):
+        maps = torch.tanh(self.one(x)).flatten(1), torch.tanh(self.other(x)).flatten(1)
+        return tuple(head(z) for head, z in zip(self.heads, maps, strict=True))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_filters_that_a_cost_does_not_depend_on_are_named_and_score_0(used):
+    def cost(outputs, numbers):
+        return sum(times(1.0)(outputs[i], numbers) for i in used)
+
+    names = ("one", "other")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = filter_scores(TwoHeads().double(), TRAIN, cost=cost)
+    for i, name in enumerate(names):
+        assert (scores[name] != 0).all() if i in used else (scores[name] == 0).all()
+    said = [str(each.message) for each in caught]
+    unused = [name for i, name in enumerate(names) if i not in used]
+    assert said == [f"The cost doesn't depend on {name}: these filters score 0." for name in unused]
+
+
 # What is read
 
 
@@ -166,6 +219,21 @@ def test_scoring_between_removals_reads_all_of_train_and_never_val(criterion):
         assert flat(cost.learned) == [*range(10)] * 3
     evaluated = [number for number in flat(cost.seen) if number in val]
     assert evaluated == VAL.tensors[1].tolist() * 4  # at the start, and after each removal
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_batch_norms_get_the_statistics_of_train_and_not_of_val(updates):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)]
+    model = nn.Sequential(*layers).double()
+    val = TensorDataset(9 + VAL.tensors[0], VAL.tensors[1])
+    for step in prune_iteratively(
+        model, TRAIN, val, filters=1, updates=updates, batch_size=5, cost=times(1.0)
+    ):
+        with torch.no_grad():
+            maps = step.model[0](TRAIN.tensors[0])
+        assert_close(step.model[1].running_mean, maps.mean((0, 2, 3)))
+        assert_close(step.model[1].running_var, maps.var((0, 2, 3)))
 
 
 @settings(PROPERTY, max_examples=6)
@@ -228,7 +296,6 @@ def test_training_reads_train_to_learn_and_all_of_val_after_each_epoch():
     assert all(sorted(epoch) == [*range(10)] for epoch in learned)
     assert learned[0] != learned[1] != learned[2]
     assert val.read == [0, 1, 2, 3] * 4
-
 
 
 def test_reading_a_dataset_takes_no_more_than_its_items():

@@ -85,7 +85,10 @@ def prepared():
 @pytest.mark.parametrize("call", CALLS)
 def test_an_error_in_any_pass_comes_through_as_itself_and_nothing_is_left(call, error):
     model = prepared()
+    torch.backends.mha.set_fastpath_enabled(True)
+    modes = state_of(prepared())["modes"]
     CALLS[call](counted := prepared(), DATA)
+    assert state_of(counted)["modes"] == modes
     passes = counted.plan["passes"]
     assert passes > 0
     for fails in sorted({1, (passes + 1) // 2, passes}):

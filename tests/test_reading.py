@@ -23,6 +23,7 @@ from cnn_pruning import (
     mask_filters,
     remove_filters,
 )
+from cnn_pruning.criteria import CRITERIA
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.network import reading
 from cnn_pruning.network.sequential import ACTIVATIONS, POOLING
@@ -577,6 +578,19 @@ def test_a_softmax_at_the_end_is_refused_unless_the_cost_is_ones_own(last):
     torch.testing.assert_close(
         filter_scores(model, data(), cost=cost), filter_scores(logits, data()), rtol=1e-4, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_softmax_that_is_known_is_refused_where_a_loss_is_taken_of_it(criterion):
+    """Activations don't depend on the loss, but the network can't be the one that is meant."""
+    layers = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)]
+    model = nn.Sequential(*layers, nn.Softmax(1))
+    if criterion in ("weight", "random"):
+        assert len(filter_scores(model, data(), criterion)["0"]) == 3
+        return
+    with pytest.raises(TypeError, match="4 is a softmax that puts out probabilities"):
+        filter_scores(model, data(), criterion)
+    assert filter_scores(nn.Sequential(*layers, nn.LogSoftmax(1)), data(), criterion)
 
 
 def test_a_network_compiled_in_place_is_scored_as_before():

@@ -1,5 +1,6 @@
 """What is shown, in the table and the figures of the command: each number in its place."""
 
+import inspect
 import re
 from unittest import mock
 
@@ -10,8 +11,10 @@ from networks import assert_same
 from stores import dataset
 
 import cnn_pruning.__main__ as program
-from cnn_pruning import CNN, evaluate, measure, plots
+from cnn_pruning import CNN, TaylorPruner, evaluate, filter_scores, fit, measure, plots
+from cnn_pruning.baseline import baseline
 from cnn_pruning.experiments.ranks import RankLost
+from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.measure import costs, latency
 from cnn_pruning.tracking import NotRecorded
 
@@ -160,6 +163,26 @@ def test_the_learning_rate_is_above_0_and_at_most_1(text, right):
     else:
         with pytest.raises(SystemExit):
             program.parse(["--lr", text])
+
+
+def defaults(function):
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def test_the_command_the_notebooks_and_the_functions_have_the_same_defaults():
+    options = vars(program.parse([]))
+    trained = {name: options[name] for name in ("epochs", "batch_size", "lr")}
+    assert trained == {"epochs": 5, "batch_size": 128, "lr": 3e-3}
+    for function in (fit, baseline):
+        assert {name: defaults(function)[name] for name in trained} == trained
+    assert options["fine_tune_epochs"] == options["epochs"]
+    assert tuple(options["channels"]) == CNN().channels == defaults(baseline)["channels"] == (8, 16)
+    for function in (evaluate, filter_scores, TaylorPruner.score):
+        assert defaults(function)["batch_size"] == 128
+    assert defaults(prune_iteratively)["batch_size"] == 32
+    assert defaults(prune_iteratively)["lr"] == 1e-3
+    assert (options["remove"], options["seed"], options["updates"]) == (7, 1, None)
 
 
 # Measured

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import mlflow
 import pytest
 import torch
-from networks import assert_same
+from networks import assert_same, state_of
 from stores import (
     IMAGES,
     SETTINGS,
@@ -146,6 +146,18 @@ def test_a_server_that_does_not_answer_is_an_error_before_anything_is_made(
         assert uri in str(error.value)
         assert "unset MLFLOW_TRACKING_URI" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Reached(Exception):
+    """What comes behind the first question to a server."""
+
+
+@pytest.mark.parametrize("status", ["200 OK", "302 Found", "403 Forbidden", "404 Not Found"])
+def test_a_server_that_refuses_a_page_answers(status, tmp_path, monkeypatch):
+    monkeypatch.setattr(mlflow, "set_tracking_uri", failing(Reached()))
+    words = f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode()
+    with answering(words) as uri, place(tmp_path, uri), pytest.raises(Reached):
+        tracking.connect()
 
 
 @pytest.mark.parametrize(
@@ -574,6 +586,27 @@ def test_a_run_that_ended_before_its_process_died_stays_as_it_ended(store, share
     assert status(finished.info.run_id) == "FINISHED" and not left.exists()
 
 
+@pytest.mark.parametrize("lock", ["{}.gone", "999999.gone"])
+def test_a_lock_of_a_run_that_is_no_more_is_forgotten(store, shared, lock):
+    with tracking.run("alive") as active:
+        name = lock.format(active.info.experiment_id)
+        left = shared[0] / "mlflow.db.running" / f"{name}.alive"
+        left.touch()
+        tracking.connect()
+        assert not left.exists()
+        assert status(active.info.run_id) == "RUNNING"
+
+
+def test_options_in_an_address_are_no_part_of_the_place(shared):
+    folder, uri = shared
+    with place(folder, f"{uri}?timeout=20"):
+        tracking.connect()
+        with tracking.run("options") as active:
+            assert len(list((folder / "mlflow.db.running").glob("*.alive"))) == 1
+        assert status(active.info.run_id) == "FINISHED"
+    assert not [path.name for path in folder.iterdir() if "?" in path.name]
+
+
 def test_what_belongs_to_a_server_lies_in_the_users_home_and_tells_no_password(tmp_path):
     with place(tmp_path):
         folder = tracking._folder_of_this_machine("https://me:secret@runs.example:80/team")
@@ -711,9 +744,15 @@ def test_a_run_without_a_network_is_an_error(store):
 
 
 def test_a_logged_model_gives_any_number_of_images_the_networks_labels(store):
-    model = network()
+    model = network().train().to(memory_format=torch.channels_last)
+    model.network[0].requires_grad_(False)
+    images = IMAGES[:2].clone()
     with tracking.run("model") as active:
-        tracking.log_model(model, IMAGES[:2])
+        before = state_of(model, images)
+        tracking.log_model(model, images)
+        after = state_of(model, images)
+    for part in before.keys() - {"random"}:  # MLflow draws
+        assert_same(after[part], before[part])
     for count in (1, 2, 30):
         labels = tracking.predict(active.info.run_id, IMAGES[:count])
         assert labels.dtype == torch.int64
