@@ -453,6 +453,14 @@ REFUSED = {
         lambda m, x: m.head(flatten(F.feature_alpha_dropout(m.second(m.first(x)), 0.5, True))),
         r"training=self\.training",
     ),
+    "dropout by PyTorch's own function": (
+        lambda m, x: m.head(flatten(torch.dropout(m.second(m.first(x)), 0.5, True))),
+        r"training=self\.training",
+    ),
+    "dropout by PyTorch's own function, by keyword": (
+        lambda m, x: m.head(flatten(torch.feature_dropout(maps(m, x), p=0.5, train=True))),
+        r"training=self\.training",
+    ),
     "values chosen by a condition": (
         lambda m, x: m.head(flatten(m.second(m.first(x)))) * x[x > 0].mean(),
         "depends on values that it computes",
@@ -462,6 +470,10 @@ REFUSED = {
             flatten(m.second((torch.tanh if m.training else torch.relu)(m.first(x))))
         ),
         "In training, second takes what tanh puts out, but in evaluation what relu does",
+    ),
+    "maps by keyword": (
+        lambda m, x: m.head(flatten(m.second(input=m.first(x)))),
+        "by keyword",
     ),
     "all by functions": (
         lambda m, x: m.head(flatten(F.conv2d(m.first(x), m.second.weight, padding=1))),
@@ -475,7 +487,9 @@ def test_what_a_trial_cannot_see_is_refused(way):
     how, message = REFUSED[way]
     model = Net(how)
     before = state_of(model)
-    for use in everything(model, data())[: 2 if way == "all by functions" else 3]:
+    for use in everything(model, data())[
+        : 2 if way in ("all by functions", "maps by keyword") else 3
+    ]:
         with pytest.raises(TypeError, match=message):
             use()
     assert_same(state_of(model), before)
@@ -898,7 +912,9 @@ def test_frames_that_a_module_folds_into_the_batch_are_refused():
         filter_scores(model, data(shape=(2, 1, 8, 8)))
 
 
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
 def test_hooks_on_all_modules_are_refused_and_stay(kind):
     handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
     try:
