@@ -1,10 +1,13 @@
 """What one to five ranks compute together from one to five images is what one process computes."""
 
 import threading
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import PROPERTY, assert_same, state_of
@@ -16,6 +19,7 @@ from cnn_pruning import evaluate, filter_scores
 from cnn_pruning.criteria import CRITERIA
 from cnn_pruning.experiments import ranks
 from cnn_pruning.experiments.data import few_images
+from cnn_pruning.experiments.progress import progress
 from cnn_pruning.experiments.training import refresh_batch_norms
 
 FEW = settings(PROPERTY, max_examples=8)
@@ -80,6 +84,9 @@ def test_batch_norms_get_the_statistics_of_one_process(several, size, batch_size
     data, models = images(size), [network(0) for _ in range(several)]
     expected = network(0)
     refresh_batch_norms(expected, data, batch_size)
+    if batch_size >= size > 1:  # all at once
+        maps = expected[0](data.tensors[0])
+        assert_close(expected[1].running_mean, maps.mean((0, 2, 3)).detach())
     on_all(several, lambda rank: refresh_batch_norms(models[rank], ranks.divide(data), batch_size))
     for model in models:
         assert_close(model.state_dict(), expected.state_dict())
@@ -181,6 +188,24 @@ def test_what_only_one_rank_may_do_the_others_leave():
     results = on_all(3, lambda rank: ranks.first_alone(done.append)(rank) is None)
     assert done == [0]
     assert results == [True, False, False]  # something that can stand behind ``with``
+
+
+def test_one_rank_alone_shows_a_bar(monkeypatch):
+    shown = {}
+
+    @contextmanager
+    def bar(total, desc, leave, disable):
+        shown[dist.get_rank()] = disable
+        yield SimpleNamespace(update=lambda: None)
+
+    monkeypatch.setattr("cnn_pruning.experiments.progress.tqdm", bar)
+
+    def work(rank):
+        with progress(3, "training") as advance:
+            advance()
+
+    on_all(3, work)
+    assert shown == {0: None, 1: True, 2: True}  # None: in a terminal
 
 
 def test_seeds_of_ranks_are_that_of_the_first_and_others_all_different():

@@ -926,3 +926,13 @@ def test_hooks_on_all_modules_are_refused_and_stay(kind):
         assert_same(state_of(model), before)
     finally:
         handle.remove()
+
+
+def test_keep_may_name_what_stays_anyway_but_nothing_without_filters():
+    model, some = Net(lambda m, x: m.second(F.relu(m.first(x))).mean((2, 3))), data()
+    expected = filter_scores(model, some)
+    assert list(expected) == ["first"]  # the maps of "second" are the outputs
+    torch.testing.assert_close(filter_scores(model, some, keep=["second"]), expected)
+    model.norm = nn.BatchNorm2d(5)
+    with pytest.raises(ValueError, match=r"keep names norm, which has no filters"):
+        filter_scores(model, some, keep=["norm"])
