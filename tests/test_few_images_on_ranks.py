@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from networks import PROPERTY, assert_same, state_of
 from ranks_in_threads import on_all
@@ -80,6 +80,7 @@ def test_the_scores_are_those_of_one_process(criterion, several, size, pooled):
 
 @FEW
 @given(SIZES, SIZES, SIZES)
+@example(2, 3, 5)
 def test_batch_norms_get_the_statistics_of_one_process(several, size, batch_size):
     data, models = images(size), [network(0) for _ in range(several)]
     expected = network(0)

@@ -936,3 +936,13 @@ def test_keep_may_name_what_stays_anyway_but_nothing_without_filters():
     model.norm = nn.BatchNorm2d(5)
     with pytest.raises(ValueError, match=r"keep names norm, which has no filters"):
         filter_scores(model, some, keep=["norm"])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda layers: {"a": layers[0]}])
+def test_layers_that_pytorch_does_not_know_are_refused(kind):
+    model = Net(WAYS["functions"][0])
+    model.held = kind([nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match=r"model\.held is a (list|tuple|dict) of layers, which"):
+        filter_scores(model, data())
+    model.held = kind([model.first])  # one that is known
+    assert list(filter_scores(model, data())) == ["first", "second"]
