@@ -946,3 +946,18 @@ def test_layers_that_pytorch_does_not_know_are_refused(kind):
         filter_scores(model, data())
     model.held = kind([model.first])  # one that is known
     assert list(filter_scores(model, data())) == ["first", "second"]
+
+
+def test_a_network_that_takes_no_images_in_training_is_read_in_evaluation():
+    def how(m, x):
+        if m.training:
+            raise ValueError("targets are needed")
+        return m.head(flatten(maps(m, x)))
+
+    model, some = Net(how).eval(), data()
+    assert list(filter_scores(model, some)) == ["first", "second"]
+    small = remove_filters(model, {"first": [1], "second": [0, 3]}, some)
+    with mask_filters(model, {"first": [1], "second": [0, 3]}, some):
+        torch.testing.assert_close(small(some.tensors[0]), model(some.tensors[0]))
+    with pytest.raises(ValueError, match="can't take a batch of float32"):
+        filter_scores(model, data(shape=(1, 5, 5)))

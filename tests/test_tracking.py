@@ -322,6 +322,15 @@ def test_the_experiment_that_the_user_has_set_is_used_and_stays_set(store, monke
             assert name(own) == (chosen or "Default")
 
 
+def test_the_experiment_in_the_environment_is_used_by_number_and_rather_by_name(store, monkeypatch):
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    number, other = (mlflow.create_experiment(name) for name in ("by number", "by name"))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", number)
+    assert tracking.connect() == number
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "by name")
+    assert tracking.connect() == other
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_database_of_the_users_own_is_made_whole_or_not_at_all_too(tmp_path, monkeypatch, error):
     made = []
