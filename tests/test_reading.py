@@ -361,7 +361,7 @@ HALF = {
         *(256, ["first"], r"second \("),
     ),
     "features as well": (
-        lambda m, x: (lambda z: m.head(flatten(z)) + z.mean())(maps(m, x)),
+        lambda m, x: (lambda z: m.head(flatten(z)) + z.mean((1, 2, 3))[:, None])(maps(m, x)),
         *(256, ["first"], r"second \(their maps are in the network's outputs, too"),
     ),
     "in training only": (
@@ -703,6 +703,24 @@ class NoGradient(Net):
         with torch.no_grad():
             z = F.relu(self.first(x))
         return self.head(flatten(self.second(z)))
+
+
+@pytest.mark.parametrize(
+    "mix", [lambda z: z - z.mean(0), lambda z: z.roll(1, 0), lambda z: z / z.std(0)]
+)
+def test_images_that_change_each_others_outputs_are_refused(mix):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.second(mix(self.first(x))).mean((2, 3)))
+
+    data = TensorDataset(torch.rand(6, 1, 8, 8), torch.arange(6) % 3)
+    with pytest.raises(TypeError, match="depends on the others in its mini-batch"):
+        filter_scores(Mixed(), data)
 
 
 def test_filters_without_a_gradient_are_left_out():

@@ -146,7 +146,8 @@ class _Makers(TorchFunctionMode):
                 f"{name.strip('_')}), so it can't be read from a few images."
             )
         if "dropout" in name:
-            if not self.training and (kwargs or {}).get("training"):
+            given = {"train": args[2] if len(args) > 2 else False, **(kwargs or {})}
+            if not self.training and given.get("training", given["train"]):
                 raise UnreadableError(
                     f"{name} drops in evaluation, too (write nn.Dropout, or "
                     "training=self.training)."

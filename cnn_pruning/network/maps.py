@@ -57,8 +57,8 @@ def side_by_side(network: Network, found: list[Seen], examples: int) -> Maps:
         for name, part in seen.parts.items():
             if len(seen.z) != examples:
                 raise TypeError(
-                    f"{name} puts out {len(seen.z)} feature maps for {examples} examples: call it in "
-                    "forward once for each image of an example, or hand in one image for each."
+                    f"{name} puts out {len(seen.z)} feature maps for {examples} examples: in "
+                    "forward, call it once for each image of an example."
                 )
             for row, values in zip(rows[name], (seen.z.detach(), seen.slope), strict=True):
                 if values is not None:
@@ -152,6 +152,11 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         """``act`` sees the map that ``taker`` takes, as it was before any pooling."""
         if taker not in takers:  # a copy that was made meanwhile
             return None
+        if not inputs:
+            raise UnreadableError(
+                f"The maps of {', '.join(takers[taker])} are handed on by keyword, where they "
+                "aren't seen: hand them in by position."
+            )
         x, *rest = inputs
         tokens = isinstance(taker, nn.Linear) and x.dim() > 2
         z, steps = (x, ()) if tokens else pooling.before(x)

@@ -90,6 +90,7 @@ class _Trial:
                 _outputs(model, exact, training=False)
         except ValueError:  # it counts on its own dtype or device
             model, exact = copy_of(network.model), images
+        _check_apart(model, exact)
         self.network = network.of(model)
         larger = tree_map(lambda x: _larger(x[:1]), exact)
         self.occasions = [
@@ -134,6 +135,19 @@ class _Trial:
                 if len(masked) != len(removed) or not all(map(_close, removed, masked)):
                     return when + mixed
         return ""
+
+
+def _check_apart(model: nn.Module, images: Inputs) -> None:
+    """Raise ``TypeError`` if the outputs for the first image change with the second one."""
+    others = tree_map(lambda x: torch.cat([x[:1], x[:1].roll(1, -1)]), images)
+    with torch.no_grad(), random_numbers_kept():
+        found, beside = (_outputs(model, each, training=False) for each in (images, others))
+        pairs = [pair for pair in zip(found, beside, strict=True) if pair[0].shape[:1] == (2,)]
+        if not all(_close(one[:1], other[:1]) for one, other in pairs):
+            raise TypeError(
+                f"What {type(model).__name__} puts out for an image depends on the others in its "
+                "mini-batch, so that no image has a loss of its own: take them apart in forward."
+            )
 
 
 def _outputs(model: nn.Module, images: Inputs, training: bool) -> list[Tensor]:
@@ -210,7 +224,7 @@ def check_keep(model: nn.Module, keep: Collection[str] | str) -> None:
 def check_network(model: nn.Module) -> None:
     """Raise ``TypeError`` for what isn't a network of its own, with what to hand in instead."""
     check_module(model)
-    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+    if any(getattr(all_modules, f"_global{kind}") for kind in HOOKS):
         raise TypeError("There are hooks on all modules: remove them while you prune.")
     registered = set(model.modules())
     for name, layer in model.named_modules():
