@@ -36,20 +36,16 @@ def scorable(
     if isinstance(model, Network):
         return model
     check_keep(model, keep)
-    network = read(model, data if data is None else few_images(data))
-    kept = network.names_of(keep)
+    network = read(model, few_images(data))
+    kept, spared = network.names_of(keep), names_of(keep)
 
     def wanted(name: str) -> bool:
-        return name not in kept and (linear or not isinstance(network.layer(name), nn.Linear))
+        stays = name in kept or any(is_inside(name, module) for module in spared)
+        return not stays and (linear or not isinstance(network.layer(name), nn.Linear))
 
     units = any(isinstance(network.layer(name), nn.Linear) for name in network.groups)
     network = only_exact(network.only(wanted))
-    spared = names_of(keep)
-    reasons = {
-        name: why
-        for name, why in network.left_out.items()
-        if wanted(name) and not any(is_inside(name, module) for module in spared)
-    }
+    reasons = {name: why for name, why in network.left_out.items() if wanted(name)}
     if not network.groups and not kept:
         raise TypeError(
             f"{type(model).__name__} has no filters that could go "

@@ -192,7 +192,7 @@ def _train(
     cost: Cost | None,
 ) -> Scores:
     """Train in place on the mini-batches of ``stream``; return scores from the same passes."""
-    precision = training.mixed_precision(network.model, train)
+    precision = training.mixed_precision(network.model)
     optimizer = torch.optim.Adam(network.model.parameters(), lr)
     mean = MeanOverExamples(per_example)
     found: list[Seen] = []

@@ -92,7 +92,7 @@ def filter_costs(
     a ``CNN``.
     """
     network, rows = scorable(model, data, linear=linear), []
-    images = None if data is None else few_images(data, 2)
+    images = few_images(data)
 
     def size(network: Network) -> tuple[int, int]:
         known = images is not None or isinstance(network.model, CNN)

@@ -86,7 +86,7 @@ def mask_filters(
 
     Source: the gate g of Molchanov et al. 2017, Eq. 2.
     """
-    network = _read(model, data)
+    network = read(model, few_images(data))
     with on_feature_maps(network, zero(network.checked(filters))):
         yield model
 
@@ -108,12 +108,8 @@ def remove_filters(
     can't go exactly, and ``ValueError`` for a layer that has no filters, an index out of range or
     given twice, or if a layer would lose all its filters.
     """
-    network = _read(model, data)
+    network = read(model, few_images(data))
     return exact_removal(network, network.checked(filters)).model
-
-
-def _read(model: nn.Module, data: Dataset | Inputs | None) -> Network:
-    return read(model, None if data is None else few_images(data))
 
 
 @dataclass(eq=False, repr=False)

@@ -259,18 +259,13 @@ def page(active: "ActiveRun", curves: bool = False) -> str:
         return runs
     under = active.data.tags.get("mlflow.parentRunId", active.info.run_id)
     # Sorted by a metric, runs stand beside each other, and not folded under their parent.
-    wanted = {
-        "compareRunsMode": "CHART",
-        "orderByKey": "metrics.`val_accuracy`",
-        "searchFilter": f"tags.`mlflow.parentRunId` = '{under}'",
-    }
-    return f"{runs}?{urlencode(wanted)}"
+    order = {"compareRunsMode": "CHART", "orderByKey": "metrics.`val_accuracy`"}
+    only = {"searchFilter": f"tags.`mlflow.parentRunId` = '{under}'"}
+    return f"{runs}?{urlencode(order | only)}"
 
 
 def where_to_look(active: "ActiveRun") -> str:
-    """Return two lines: how to see the curves of the steps under a run in a browser, and which run
-    that is and where.
-    """
+    """Return two lines: how to see the curves of a run's steps in a browser, and what run it is."""
     uri, there = _shown(mlflow.get_tracking_uri()), page(active, curves=True)
     if uri.startswith(SERVER):
         how = f"open {uri.rstrip('/')}/{there}"
@@ -442,22 +437,10 @@ def set_stage(stage: str) -> None:
     mlflow.set_tag("stage", stage)
 
 
-@_recorded
-def log_settings(settings: Mapping[str, object]) -> None:
-    """Log settings, by name, as parameters."""
-    mlflow.log_params(dict(settings))
-
-
-@_recorded
-def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
-    """Log numbers, by name; ``step`` is the epoch or the removal they belong to."""
-    mlflow.log_metrics(dict(metrics), step)
-
-
-@_recorded
-def log_dict(values: dict, path: str) -> None:
-    """Log ``values`` as a JSON file."""
-    mlflow.log_dict(values, path)
+# As MLflow's own: parameters by name; metrics by name, with a step; values as a JSON file
+log_settings = _recorded(lambda *given: mlflow.log_params(*given))
+log_metrics = _recorded(lambda *given: mlflow.log_metrics(*given))
+log_dict = _recorded(lambda *given: mlflow.log_dict(*given))
 
 
 @_recorded

@@ -8,9 +8,6 @@ from pathlib import Path
 from cnn_pruning.experiments.paths import ROOT
 
 NOTEBOOKS = {path.stem[:2]: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-WAITING = ("09", "10")
-"""They take the form of the others when their long runs, which have new controls, are done."""
-IN_FORM = {number: path for number, path in NOTEBOOKS.items() if number not in WAITING}
 
 
 def cells(notebook: Path | str, kind: str | None = None) -> list[dict]:

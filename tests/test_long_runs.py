@@ -1,5 +1,7 @@
 """The programs that take hours, and the tables and pictures that they leave."""
 
+import io
+
 import pandas as pd
 import pytest
 import torch
@@ -73,7 +75,7 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
 
     monkeypatch.setattr(program, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
     if program in (seeds, repair):
-        monkeypatch.setattr(program, "compare", lambda seed, splits: make(seed))
+        monkeypatch.setattr(program, "compare", lambda seed, *_: make(seed))
         return
     if program is updates:
         monkeypatch.setattr(updates, "on_the_way", lambda seed, splits: make(seed))
@@ -85,9 +87,21 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
             program, "rows_of_seed", lambda seed, *_: {n: make(seed) for n in names}
         )
         return
-    if program in NETWORKS:
+    if program is own_network:
         monkeypatch.setattr(
             program, "rows_of_seed", lambda seed, *splits: (make(seed), torch.nn.Linear(seed, 1))
+        )
+        return
+    if program is residual:
+
+        def made(seed, folder, *splits):
+            rows, kept = make(seed), io.BytesIO()
+            torch.save(torch.nn.Linear(seed, 1).state_dict(), kept)
+            return rows, kept.getvalue()
+
+        monkeypatch.setattr(program, "rows_of_seed", made)
+        monkeypatch.setattr(
+            program.shutil, "copyfile", lambda network, path: path.write_bytes(network)
         )
         return
     monkeypatch.setattr(schedules, "baseline", lambda *_, seed, **__: (seed, "run"))
@@ -367,3 +381,16 @@ def test_a_residual_network_gets_down_to_the_multiply_adds_with_as_few_removals_
     larger = remove_filters(model, removed_one_less, data)
     assert count_macs(small, residual.IMAGE_SHAPE) <= macs
     assert count_macs(larger, residual.IMAGE_SHAPE) > macs
+
+
+def test_chance_in_the_residual_network_has_taylors_widths(monkeypatch):
+    monkeypatch.setattr(residual, "SHARES", (0.5,))
+    found = {method: small for method, _, small in residual.pruned(residual.untrained(0), TRAIN, 0)}
+    assert {*residual.TESTED, "taylor", "random"} < {*found}
+
+    def widths(method):
+        return [found[method].get_submodule(name).out_channels for name in residual.MAPS]
+
+    assert widths(residual.SAME_WIDTHS) == widths("taylor")
+    one, other = (found[method].conv.weight for method in (residual.SAME_WIDTHS, "taylor"))
+    assert not torch.equal(one, other)

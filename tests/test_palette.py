@@ -161,7 +161,7 @@ def test_a_described_figure_is_one_small_picture_with_its_text(monkeypatch):
         assert tuple(round(255 * part) for part in to_rgb(color)) in colors
 
 
-@pytest.mark.parametrize("path", saved_notebooks.IN_FORM.values(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", saved_notebooks.NOTEBOOKS.values(), ids=lambda path: path.stem)
 def test_the_words_of_a_figure_can_be_read_on_a_phone(path):
     pages = ["".join(o.get("data", {}).get("text/html", "")) for o in saved_notebooks.outputs(path)]
     widths = re.findall(r'<img alt="[^"]*" width="(\d+)"', "".join(pages))

@@ -18,9 +18,6 @@ from cnn_pruning.experiments.paths import ROOT
 NOTEBOOKS = [*saved_notebooks.NOTEBOOKS.values()]
 FIGURES = sorted((ROOT / "notebooks" / "figures").glob("*.py"))
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-IN_FORM = pytest.mark.parametrize(
-    "path", saved_notebooks.IN_FORM.values(), ids=lambda path: path.stem
-)
 
 
 def test_conda_takes_every_dependency_from_the_project():
@@ -54,7 +51,7 @@ def test_the_notebooks_can_be_read_in_four_hours_and_forty_minutes():
     assert sum(map(minutes_to_read, NOTEBOOKS)) <= 280
 
 
-@IN_FORM
+@EACH
 def test_the_cells_of_a_notebook_are_short(path):
     for cell in cells(path, "code"):
         lines = [line for line in text(cell).splitlines() if line.strip()]
@@ -62,19 +59,19 @@ def test_the_cells_of_a_notebook_are_short(path):
         assert len(code) <= 18, text(cell)
 
 
-@IN_FORM
+@EACH
 def test_no_more_than_three_code_cells_stand_in_a_row(path):
     kinds = "".join(cell["cell_type"][0] for cell in cells(path))
     assert max(map(len, re.findall("c+", kinds))) <= 3
 
 
-@IN_FORM
+@EACH
 def test_a_notebook_ends_with_takeaways_in_words(path):
     assert "## Takeaways" in saved_notebooks.prose(path)
     assert "takeaways" not in "".join(map(text, cells(path, "code"))).lower()
 
 
-@IN_FORM
+@EACH
 def test_every_figure_has_a_text_for_those_who_can_t_see_it(path):
     for output in saved_notebooks.outputs(path):
         data = output.get("data", {})

@@ -8,7 +8,7 @@ import pytest
 import saved_notebooks
 from saved_notebooks import cells, text
 
-EACH = pytest.mark.parametrize("path", saved_notebooks.IN_FORM.values(), ids=lambda p: p.stem)
+EACH = pytest.mark.parametrize("path", saved_notebooks.NOTEBOOKS.values(), ids=lambda p: p.stem)
 HEADING = "## Takeaways"
 NUMBER = re.compile(
     r"""(?<![\w.])(?<![A-Za-z]-)   # not within a name: network.0, VGG-16, float32

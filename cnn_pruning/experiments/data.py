@@ -204,11 +204,14 @@ def epoch(
         yield images, labels, size / ranks if rank < size else math.inf
 
 
-def few_images(data: Dataset | Inputs, count: int = 2) -> Inputs:
-    """Return the first images of a dataset, or of a batch of images. Raises as ``batches`` does.
+def few_images(data: Dataset | Inputs | None, count: int = 2) -> Inputs | None:
+    """Return the first images of a dataset, or of a batch of images; None if there are no data.
 
-    Where several ranks share the data, they all get the first images of one of them.
+    Where several ranks share the data, they all get the first images of one of them. Raises as
+    ``batches`` does.
     """
+    if data is None:
+        return None
     if isinstance(data, Tensor) and data.dim() > 1:
         return data[:count]
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):

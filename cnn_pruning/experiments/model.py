@@ -24,12 +24,10 @@ class CNN(nn.Module):
 
     def __init__(self, channels: Sequence[int] = (8, 16)) -> None:
         super().__init__()
-        if not isinstance(channels, Sequence) or isinstance(channels, str):
+        if not isinstance(channels, Sequence) or isinstance(channels, str) or not channels:
             raise ValueError(
-                f"channels must be a sequence of integers, but it is {shown(channels)}."
+                f"channels must be one or more positive integers, but it is {shown(channels)}."
             )
-        if not channels:
-            raise ValueError("channels must be one or more positive integers, but there are none.")
         channels = tuple(integer("channels", width, 1) for width in channels)
         layers = []
         for before, after in pairwise((1, *channels)):

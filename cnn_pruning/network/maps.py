@@ -153,10 +153,8 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         if taker not in takers:  # a copy that was made meanwhile
             return None
         if not inputs:
-            raise UnreadableError(
-                f"The maps of {', '.join(takers[taker])} are handed on by keyword, where they "
-                "aren't seen: hand them in by position."
-            )
+            names = ", ".join(takers[taker])
+            raise UnreadableError(f"The maps of {names} are handed on by keyword: use a position.")
         x, *rest = inputs
         tokens = isinstance(taker, nn.Linear) and x.dim() > 2
         z, steps = (x, ()) if tokens else pooling.before(x)

@@ -1,47 +1,55 @@
-"""The figures of notebook 9: a network on its way down, and its stages and groups."""
+"""The figures of notebook 9: batch norm, a network on its way down, its stages, its groups."""
 
 from collections.abc import Mapping, Sequence
 
-from cnn_pruning.plots import INK, LAYERS, METHODS, headline, subplots
+from cnn_pruning.plots import INK, LAYERS, METHODS, headline, label_ends, look, subplots
 
 import pandas as pd
 from matplotlib.figure import Figure
+from torch import Tensor
 
 
-def way_down(
-    way: pd.DataFrame,
-    ends: pd.DataFrame,
-    names: Mapping[str, str],
-    rows: Mapping[str, str],
-    title: str,
-) -> Figure:
-    """Accuracy (%) while a network shrinks, and below it that of each network at the end.
+def strip(pictures: Mapping[str, Tensor]) -> Figure:
+    """An image (H, W), and maps (H, W) on one scale, side by side."""
+    figure, (axes,) = subplots(1, len(pictures), 7, 2.4)
+    brightest = max(values.max() for values in [*pictures.values()][1:])
+    for axis, (name, values) in zip(axes, pictures.items(), strict=True):
+        first = axis is axes[0]
+        colors = {"cmap": "gray_r"} if first else {"cmap": "magma", "vmax": brightest}
+        axis.imshow(values, vmin=0, **colors)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(name, size=10)
+        axis.spines[:].set_visible(True)
+    headline(figure, "Behind a batch norm, a filter of zeros is not a removed filter")
+    return figure
+
+
+def way_down(way: pd.DataFrame, names: Mapping[str, str], gaps: pd.DataFrame, title: str) -> Figure:
+    """Accuracy (%) while a network shrinks, and below it what the end is worth beside others.
 
     ``way`` has the columns ``method``, ``share`` and ``val_accuracy``: a line is the mean by share
-    of the MACs, and the band goes from the lowest to the highest. ``ends`` has ``method`` and
-    ``test_accuracy``: a dot each, and a stroke at the mean. ``names`` and ``rows`` say which
-    methods to draw, in which order, and what to call them.
+    of the MACs, and ``names`` says which methods to draw, and what to call them. ``gaps`` has, for
+    each network that Taylor's is compared with, the difference of each seed (points), its ``mean``
+    and ``half`` of its interval.
     """
-    figure, ((above,), (below,)) = subplots(2, 1, 7, 6, height_ratios=(3, 2.4))
+    figure, ((above,), (below,)) = subplots(2, 1, 7, 6.4, height_ratios=(3, 2.6))
     for method, label in names.items():
-        by_share = way[way.method == method].groupby("share").val_accuracy
-        found, color = 100 * by_share.agg(["mean", "min", "max"]), METHODS[method]
-        left = 100 * found.index
-        above.plot(left, found["mean"], "o-", color=color, label=label)
-        above.fill_between(left, found["min"], found["max"], color=color, alpha=0.2, lw=0)
-    above.set(xlabel="MACs left (%), at most", ylabel="validation accuracy (%)")
-    above.set_title("On the way down: mean and range over the seeds")
-    above.invert_xaxis()
-    above.legend(loc="lower left")
-    for y, method in enumerate(rows):
-        values = 100 * ends[ends.method == method].test_accuracy
-        color = METHODS[method.split(",")[0]]
-        below.plot(values, [y] * len(values), "o", color=color, alpha=0.6)
-        below.plot(values.mean(), y, "|", color=color, ms=18, mew=3)
-    below.set_yticks(range(len(rows)), rows.values())
-    below.set(xlabel="test accuracy (%)", title="After fine-tuning: each seed, and the mean")
-    below.invert_yaxis()
+        mean = 100 * way[way.method == method].groupby("share").val_accuracy.mean()
+        above.plot(100 * mean.index, mean, label=label, **look(method))
+    above.set(xlabel="multiply-adds left (%), at most", ylabel="validation accuracy (%)")
+    above.set_title("On the way down: mean over the seeds")
+    above.set_xlim(78, 1)
+    for y, (_, row) in enumerate(gaps.iterrows()):
+        each = row.drop(["mean", "half"])
+        below.plot(each, [y + 0.22] * len(each), "|", color=METHODS["taylor"], ms=8)
+        below.errorbar(row["mean"], y, xerr=row["half"], fmt="o", color=INK, capsize=4)
+    below.axvline(0, color=INK, lw=1, ls=":")
+    below.set_yticks(range(len(gaps)), gaps.index)
+    below.set_ylim(len(gaps) - 0.5, -0.5)
+    below.set_xlabel("points of test accuracy (strokes: seeds; dot and bar: mean, 95 % interval)")
+    below.set_title("After fine-tuning: Taylor's network minus …")
     headline(figure, title)
+    label_ends(above)
     return figure
 
 
@@ -58,10 +66,10 @@ def stage_bars(
         {"color": METHODS["taylor"]},
         {"fc": "none", "ec": METHODS["taylor"]},
     )
-    for at, ((name, rows), look) in enumerate(zip(found.items(), looks, strict=False)):
+    for at, ((name, rows), bars) in enumerate(zip(found.items(), looks, strict=False)):
         places = [y + 0.27 * (at - 1) for y in range(len(rows))]
-        axes[0].barh(places, [macs for _, macs, _ in rows], 0.24, label=name, **look)
-        axes[1].barh(places, [ms for *_, ms in rows], 0.24, **look)
+        axes[0].barh(places, [macs for _, macs, _ in rows], 0.24, label=name, **bars)
+        axes[1].barh(places, [ms for *_, ms in rows], 0.24, **bars)
     axes[0].set_yticks(range(len(rows)), [stage for stage, *_ in rows])
     axes[0].set(xlabel="multiply-adds an image (million)")
     axes[1].set(xlabel=f"ms for {images} images")
@@ -83,9 +91,9 @@ def skip_connection() -> Figure:
         "next layer": (7.3, INK),
     }
     for name, (x, color) in boxes.items():
-        look = {"boxstyle": "round,pad=0.5", "fc": color, "ec": "none"}
+        box = {"boxstyle": "round,pad=0.5", "fc": color, "ec": "none"}
         words = {"ha": "center", "va": "center", "size": 12, "weight": "bold"}
-        axis.text(x, 0, name, color="white", bbox=look, **words)
+        axis.text(x, 0, name, color="white", bbox=box, **words)
     arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
     for start, end in ((0.55, 1.6), (2.8, 3.4), (4.6, 5.3), (5.9, 6.4)):
         axis.annotate("", (end, 0), (start, 0), arrowprops=arrow)
@@ -103,29 +111,44 @@ def skip_connection() -> Figure:
     return figure
 
 
-def before_and_after(
-    sizes: Mapping[str, pd.DataFrame], colors: Mapping[str, str], title: str
-) -> Figure:
-    """Accuracy (%) of each method before and after a fine-tuning: a row of panels a size.
+STAGES = {
+    "val_before": "removed",
+    "val_refreshed": "statistics\ntaken anew",
+    "val_accuracy": "an epoch of\nfine-tuning",
+}
 
-    Each table of ``sizes`` has the columns ``method``, ``val_before`` and ``val_accuracy``. A dot
-    is the mean over its rows, and the bar goes from the lowest to the highest.
+
+METHOD_LOOKS = {  # of the residual network's methods: what ``plots.look`` draws them like
+    "taylor": "taylor",
+    "sum of absolute scores": "taylor_abs_first",
+    "weight": "weight",
+    "Torch-Pruning's Taylor": "obd",
+    "Torch-Pruning's magnitude": "apoz",
+    "random, same widths": "random, same layers",
+    "random": "random",
+}
+
+
+def slopes(sizes: Mapping[float, pd.DataFrame], title: str) -> Figure:
+    """Accuracy (%) of each method from stage to stage: a panel a size, one above the other.
+
+    ``sizes`` maps a share of the MACs to a table with the columns ``method`` and those of
+    ``STAGES``; a line is the mean over its rows.
     """
-    figure, axes = subplots(len(sizes), 2, 7, 6.4, sharex=True, sharey=True)
-    for row, (size, table) in zip(axes, sizes.items(), strict=True):
-        for axis, column in zip(row, ("val_before", "val_accuracy"), strict=True):
-            found = 100 * table.groupby("method")[column].agg(["mean", "min", "max"])
-            axis.grid(axis="y", lw=0.3)
-            axis.set_axisbelow(True)
-            for y, (method, color) in enumerate(colors.items()):
-                mean, low, high = found.loc[method]
-                axis.plot([low, high], [y, y], color=color, lw=2)
-                axis.plot(mean, y, "o", color=color)
-        row[0].set_title(size)
-        row[0].set_yticks(range(len(colors)), colors)
-    axes[0, 0].invert_yaxis()
-    axes[-1, 0].set_xlabel("before fine-tuning (%)")
-    axes[-1, 1].set_xlabel("after fine-tuning (%)")
-    figure.supxlabel("validation accuracy: mean, lowest to highest", size=10)
+    figure, axes = subplots(len(sizes), 1, 7, 3 * len(sizes), sharex=True)
+    for (axis,), (share, table) in zip(axes, sizes.items(), strict=True):
+        means = 100 * table.groupby("method")[[*STAGES]].mean()
+        for method, like in METHOD_LOOKS.items():
+            axis.plot(
+                range(len(STAGES)),
+                means.loc[method],
+                label=method.replace("taylor", "Taylor"),
+                **look(like),
+            )
+        axis.set(ylabel="validation accuracy (%)", title=f"{share:.0%} of the multiply-adds")
+        axis.set(xlim=(-0.15, 2.95), ylim=(0, 100))
+        axis.set_xticks(range(len(STAGES)), STAGES.values())
     headline(figure, title)
+    for (axis,) in axes:
+        label_ends(axis, 8)
     return figure

@@ -1,4 +1,6 @@
-"""The two networks of notebook 9, written as people write their own."""
+"""The networks of notebook 9, written as people write their own, and what goes wrong then."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -58,3 +60,24 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.norm(self.conv(x))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class Mistaken(nn.Module):
+    """Two convolutions, and a ``tail`` that does what it shouldn't."""
+
+    def __init__(self, tail: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.linear, self.tail = nn.Linear(4 * 28 * 28, 10), tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self, self.conv1(x))
+
+
+MISTAKES = {
+    "fixed width": lambda net, x: net.linear(net.conv2(x).view(-1, 3136)),
+    "detached": lambda net, x: net.linear(net.conv2(x.detach()).flatten(1)),
+    "softmax over channels": lambda net, x: net.linear(net.conv2(x.softmax(1)).flatten(1)),
+    "an if": lambda net, x: net.linear(net.conv2(x if x.mean() > 0 else -x).flatten(1)),
+    "softmax at the end": lambda net, x: net.linear(net.conv2(x).flatten(1)).softmax(1),
+}
