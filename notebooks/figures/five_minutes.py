@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from cnn_pruning.plots import INK, LAYERS, METHODS, bare_image, headline, subplots
+from cnn_pruning.plots import INK, LAYERS, METHODS, bare_image, headline, label_ends, subplots
 from figures.game import NAMES, data_url, in_color
 
 import ipywidgets
@@ -15,8 +15,8 @@ STYLE = """<style>
 .slide-cards { display: flex; flex-wrap: wrap; gap: 4px; max-width: 480px; margin-bottom: 8px; }
 .slide-cards img { width: 56px; height: 56px; image-rendering: pixelated; margin: 0; }
 .slide-cards img.slide-gone { opacity: 0.12; }
-.slide-bars { display: grid; grid-template-columns: auto minmax(100px, 240px) auto; gap: 6px 10px;
-  align-items: center; }
+.slide-bars { display: grid; grid-template-columns: auto minmax(40px, 240px) auto; gap: 6px 10px;
+  align-items: center; max-width: 460px; }
 .slide-bars div { height: 20px; background: var(--jp-layout-color2, #eee); }
 .slide-bars i { display: block; height: 100%; }
 .slide-cards, .slide-bars, .slide-words { color: var(--jp-content-font-color0, inherit);
@@ -32,6 +32,7 @@ def pruning_slider(
 ) -> ipywidgets.Widget:
     """A slider that removes filters: their cards fade, and what the network does and costs moves.
 
+    The browser has all its positions, so that it answers while the kernel is busy.
     ``maps`` (K, H, W) from 0 to 1 by layer. By number of removed filters, ``removed`` names them,
     and ``measured`` has the ``accuracy`` and the ``COUNTS``. ``repair`` trains what is left and
     yields the accuracy on the way; a button calls it.
@@ -44,39 +45,40 @@ def pruning_slider(
     slider.layout.width = "min(100%, 700px)"
     button = ipywidgets.Button(description="Train what is left for one epoch", icon="play")
     button.layout = {"width": "auto", "align_self": "flex-start"}
-    cards, bars, words = (ipywidgets.HTML() for _ in range(3))
+    trained = ipywidgets.HTML()
 
-    def show(accuracy: float, said: str) -> None:
-        row = {**measured[slider.value], "accuracy": accuracy}
-        bars.value = _bars(row, measured[0])
-        words.value = f"<div class='slide-words' role='status'>{said}</div>"
-
-    def slide(_=None) -> None:
-        n = slider.value
-        cards.value = STYLE + _cards(pictures, removed[n])
+    def position(n: int) -> ipywidgets.Widget:
         layers = zip(removed[n].values(), NAMES, strict=False)
         gone = [f"{', '.join(map(str, ks))} of the {place}" for ks, place in layers if ks]
         which = f": {' and '.join(gone)}" if gone else ""
-        accuracy = measured[n]["accuracy"]
-        show(accuracy, f"{n} filters removed{which}. Accuracy {accuracy:.1%}.")
+        said = f"{n} filter{'s' * (n != 1)} removed{which}. "
+        words = _words(f"{said}Accuracy {measured[n]['accuracy']:.1%}.")
+        cards = ipywidgets.HTML(STYLE + words + _cards(pictures, removed[n]))
+        bars = ipywidgets.HTML(_bars(measured[n], measured[0]))
+        return ipywidgets.Box([cards, bars], layout={"flex_flow": "row wrap"})
 
     def train(_) -> None:
         button.disabled = slider.disabled = True
+        n = slider.value
+        before, whole = measured[n]["accuracy"], measured[0]["accuracy"]
+        trained.value = _words(f"{n} removed: training, half a minute …")
         try:
-            before, *_ = steps = [measured[slider.value]["accuracy"]]
-            for accuracy in repair(slider.value):
-                steps.append(accuracy)
-                show(accuracy, f"Training: {before:.1%} → {accuracy:.1%}")
-            whole = measured[0]["accuracy"]
-            show(steps[-1], f"One epoch: {before:.1%} → {steps[-1]:.1%}. (Whole: {whole:.1%}.)")
+            for accuracy in repair(n):
+                now = f"{n} removed: {before:.1%} → {accuracy:.1%}"
+                bars = _bars({**measured[n], "accuracy": accuracy}, measured[0])
+                trained.value = _words(f"{now}, training …") + bars
+            trained.value = _words(f"{now} after one epoch (whole: {whole:.1%})") + bars
         finally:
             button.disabled = slider.disabled = False
 
-    slider.observe(slide, names="value")
+    positions = ipywidgets.Stack([*map(position, range(len(removed)))], selected_index=0)
+    ipywidgets.jslink((slider, "value"), (positions, "selected_index"))
     button.on_click(train)
-    slide()
-    beside = ipywidgets.Box([cards, bars], layout={"flex_flow": "row wrap"})
-    return ipywidgets.VBox([slider, words, beside, button])
+    return ipywidgets.VBox([slider, positions, button, trained])
+
+
+def _words(said: str) -> str:
+    return f"<div class='slide-words' role='status'>{said}</div>"
 
 
 def _cards(pictures: Mapping[str, Sequence[str]], removed: Mapping[str, Sequence[int]]) -> str:
@@ -120,19 +122,22 @@ def way_down(
                 bare_image(above, maps[layer][k], cmap="magma", vmin=0, vmax=1, extent=place)
                 above.text(n, -0.1, k, color=color, size=9, ha="center", va="top")
     above.set(ylim=(-0.5, 1.1), aspect="auto")
-    above.set_title("each filter's map, in the order in which they go", size=10, pad=2)
+    order = "each filter's map, in the order in which they go (blue: first layer, orange: second)"
+    above.set_title(order, size=10, pad=2)
+    above.tick_params(bottom=False)
     looks = {"accuracy": {"color": METHODS["taylor"], "lw": 3, "marker": "o", "ms": 5}}
     looks |= dict(zip(COUNTS, ({"ls": ls, "color": INK} for ls in ("-", "--", ":")), strict=True))
+    highest = 100.0
     for name, look in looks.items():
         whole = 1 if name == "accuracy" else measured[0][name]
         left = [100 * row[name] / whole for row in measured]
-        below.plot(left, **look)
-        above_line = "bottom" if name == "parameters" else "center"  # close to the multiply-adds
-        below.text(len(removed) - 0.7, left[-1], name, color=look["color"], va=above_line)
+        highest = max(highest, *left)
+        below.plot(left, label=name, **look)
     below.set(xlabel="filters removed, without training", xlim=(-0.5, len(removed) + 3))
-    below.set(ylabel="accuracy, and what is left (%)", ylim=(0, 103))
+    below.set(ylabel="accuracy, and what is left (%)", ylim=(0, highest + 3))
     below.set_xticks(range(0, len(removed), 2))
     headline(figure, title)
+    label_ends(below, 10)
     return figure
 
 

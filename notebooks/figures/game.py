@@ -43,12 +43,13 @@ STYLE = """
     linear-gradient(-45deg, transparent 48%, var(--removed) 48% 52%, transparent 52%); }
 .game .game-card.game-taylor { border: 3px dashed var(--taylor); }
 .game .game-card.game-best { outline: 3px double var(--ink); }
-.game .game-card:focus-visible { box-shadow: 0 0 0 4px var(--you); }
+.game .game-card:focus-visible { box-shadow: 0 0 0 2px var(--jp-layout-color0, white),
+  0 0 0 5px var(--ink); }
 .game-won { border: 2px solid var(--taylor); border-radius: 4px; padding: 2px 8px; }
 .game-ladder, .game-ends { max-width: 790px; position: relative; }
 .game-ladder { height: 18px; margin-bottom: 20px; border: 1px solid var(--ink); }
 .game-ladder > * { position: absolute; top: 0; height: 100%; }
-.game-you { left: 0; background: var(--you); }
+.game-you { left: 0; background: var(--you); border-right: 3px solid var(--ink); }
 .game-tenth { border-left: 1px solid var(--ink); }
 .game-theirs { border-left: 4px solid var(--taylor); }
 .game-theirs > span { position: absolute; top: 18px; transform: translateX(-50%); }
@@ -134,14 +135,16 @@ class Board:
         self.undo.tooltip = "Take back the last click; this is a click, too"
         self.again = ipywidgets.Button(description="Start again", icon="refresh")
         self.again.tooltip = "Switch all filters on, and count the clicks from 0"
-        self.taylor = ipywidgets.ToggleButton(description="Outline Taylor's choice (T)")
-        self.best = ipywidgets.ToggleButton(description="Outline the best (B)")
+        self.taylor = ipywidgets.ToggleButton(description="Outline Taylor's choice")
+        self.best = ipywidgets.ToggleButton(description="Outline the best")
+        self.taylor.tooltip = "Mark the filters that Taylor keeps with a T and a dashed line"
         self.best.tooltip = "From then on, beating Taylor doesn't count until you start again"
         controls = (self.undo, self.again, self.taylor, self.best, self.another)
         for control in controls:
             control.layout.width = "auto"
         self.number = f"game-{next(NUMBERS)}"
         self.maps, self.words = ipywidgets.HTML(), ipywidgets.HTML()
+        self.words.layout.min_height = "190px"  # so that the cards stay where they are
         rows = [self._style(), self.maps, self.level, wrapped(controls), self.words]
         for layer, name in enumerate(NAMES):
             rows.append(ipywidgets.HTML(f"<b>{name.capitalize()}</b>"))
@@ -210,7 +213,9 @@ class Board:
         else:
             loss, accuracy = self.losses.outcome(self.on)
             rank, exact = rivals.ranks.rank(loss)
-            lines.append(f"Yours: loss <b>{loss:.4f} nats</b>, accuracy {accuracy:.1%}.")
+            lines.append(
+                f"Yours: loss <b>{loss:.4f} nats</b>, accuracy {accuracy:.1%} (training images)."
+            )
             if rivals.ranks.of > 1:
                 lines[-1] += (
                     f" {rivals.who.capitalize()}, that is "
