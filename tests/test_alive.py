@@ -20,7 +20,6 @@ from cnn_pruning.alive import (
     undisturbed,
 )
 from cnn_pruning.experiments import paths
-from cnn_pruning.experiments.paths import locked_folder
 
 ERRORS = [ValueError, KeyboardInterrupt]
 
@@ -85,23 +84,23 @@ def test_nobody_looks_at_the_dead_while_another_does(tmp_path):
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_a_new_folder_goes_if_its_block_raises_and_an_old_one_stays_with_its_lock(tmp_path, error):
-    with pytest.raises(error), locked_folder(tmp_path / "a" / "b", "lock"):
-        assert files(tmp_path) == ["a", "a/b", "a/b/lock"]
+    with pytest.raises(error), alone(tmp_path / "a" / "b"):
+        assert files(tmp_path) == ["a", "a/b", "a/b/all.lock"]
         raise error
     assert files(tmp_path) == []
-    with locked_folder(tmp_path / "a", "lock"):
+    with alone(tmp_path / "a"):
         pass
     before = files(tmp_path)
-    with pytest.raises(error), locked_folder(tmp_path / "a", "lock"):
+    with pytest.raises(error), alone(tmp_path / "a"):
         raise error
-    assert files(tmp_path) == before == ["a", "a/lock"]
-    with pytest.raises(error), locked_folder(tmp_path / "new", "lock"):
+    assert files(tmp_path) == before == ["a", "a/all.lock"]
+    with pytest.raises(error), alone(tmp_path / "new"):
         (tmp_path / "new" / "kept").touch()
         raise error
-    assert files(tmp_path) == ["a", "a/lock", "new", "new/kept"]
-    with pytest.raises(error), locked_folder(tmp_path / "a" / "b", "lock"):
+    assert files(tmp_path) == ["a", "a/all.lock", "new", "new/kept"]
+    with pytest.raises(error), alone(tmp_path / "a" / "b"):
         raise error
-    assert files(tmp_path) == ["a", "a/lock", "new", "new/kept"]
+    assert files(tmp_path) == ["a", "a/all.lock", "new", "new/kept"]
 
 
 def test_no_file_stays_open(tmp_path):
@@ -116,7 +115,7 @@ def test_no_file_stays_open(tmp_path):
             dead(tmp_path)
         with pytest.raises(ValueError), held(tmp_path, f"2.{number}"):
             raise ValueError
-        with pytest.raises(ValueError), locked_folder(tmp_path / "new", "lock"):
+        with pytest.raises(ValueError), alone(tmp_path / "new"):
             raise ValueError
     dead(tmp_path)
     assert used() == before

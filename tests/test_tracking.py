@@ -324,10 +324,10 @@ def test_the_experiment_that_the_user_has_set_is_used_and_stays_set(store, monke
 
 def test_the_experiment_in_the_environment_is_used_by_number_and_rather_by_name(store, monkeypatch):
     monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
-    number, other = (mlflow.create_experiment(name) for name in ("by number", "by name"))
+    number, other = (mlflow.create_experiment(name) for name in ("by number", "rather by name"))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", number)
     assert tracking.connect() == number
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "by name")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "rather by name")
     assert tracking.connect() == other
 
 

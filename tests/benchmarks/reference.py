@@ -25,7 +25,7 @@ REMOVED = 7
 
 
 def one_by_one(train: bool) -> FashionMNIST:
-    return FashionMNIST(ROOT / "data", train=train, transform=ToTensor())
+    return FashionMNIST(ROOT / "data", train, transform=ToTensor(), download=True)
 
 
 def network(first: int, second: int) -> nn.Sequential:
