@@ -317,19 +317,19 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
     with ExitStack() as until_it_ends, signals_interrupt():
         with _recording(f"start the run {name!r}"):
             above = mlflow.get_run(parent) if parent else mlflow.active_run()
-            experiment = above.info.experiment_id if above else _experiment()
+            within = above.info.experiment_id if above else _experiment()
             if parent:
                 under = f"tags.`mlflow.parentRunId` = '{parent}'"
-                found = mlflow.search_runs([experiment], under, output_format="list")
+                found = mlflow.search_runs([within], under, output_format="list")
                 taken = {each.info.run_name for each in found}
                 names = (f"{name} ({number})" for number in itertools.count(2))
                 name = next(each for each in itertools.chain([name], names) if each not in taken)
-            lock = f"{experiment}.{uuid4().hex}"
+            lock = f"{within}.{uuid4().hex}"
             folder = _folder_of_this_machine(mlflow.get_tracking_uri())
             until_it_ends.enter_context(held(folder, lock))
         try:
             with _recording(f"start the run {name!r}"):
-                place = {"experiment_id": experiment, "nested": True, "parent_run_id": parent}
+                place = {"experiment_id": within, "nested": True, "parent_run_id": parent}
                 active = mlflow.start_run(
                     run_name=name, tags={LOCK: lock}, description=note, **place
                 )

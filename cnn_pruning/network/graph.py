@@ -47,8 +47,8 @@ class _Obstacle(Exception):
 
 
 class _Graph(torch_pruning.DependencyGraph):
-    """A graph in which the widest input of an operation tells its width: of maps times one map that
-    is theirs, in either order. Torch-Pruning asks the last one.
+    """A graph in which the widest input of an operation tells how many channels come out, so that
+    maps times a single map are read alike in either order. Torch-Pruning asks the last input.
     """
 
     def _build_dependency(self, module2node: dict) -> None:

@@ -61,7 +61,7 @@ def pruning_slider(
         button.disabled = slider.disabled = True
         n = slider.value
         before, whole = measured[n]["accuracy"], measured[0]["accuracy"]
-        trained.value = _words(f"{n} removed: training, half a minute …")
+        trained.value = _words(f"{n} removed: training …")
         try:
             for accuracy in repair(n):
                 now = f"{n} removed: {before:.1%} → {accuracy:.1%}"

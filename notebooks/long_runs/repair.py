@@ -2,7 +2,7 @@
 
     uv run python notebooks/long_runs/repair.py
 
-takes about two hours on two cores, and some minutes with a GPU. It writes repair.csv: one row a
+takes two hours of one core; a GPU is used if there is one. It writes repair.csv: one row a
 network, with its validation accuracy, and its test accuracy where the notebook claims something at
 the end. Each row is kept as soon as it is done: started again, the program goes on where it
 stopped.

@@ -2,11 +2,12 @@
 
     uv run python notebooks/long_runs/residual.py
 
-takes about an hour on two cores, and minutes on a GPU. It scores the groups of a small residual
-network in several ways, removes them at once down to several shares of the multiply-adds, takes the
-statistics of the batch norms anew from images without labels, and trains each network for one more
-epoch. It writes residual.csv, one row a network, and residual.pt, the first seed's trained network.
-Each row is kept as soon as it is done: started again, the program goes on where it stopped.
+takes an hour and a half of one core; a GPU is used if there is one. It scores the groups of a small
+residual network in several ways, removes them at once down to several shares of the multiply-adds,
+takes the statistics of the batch norms anew from images without labels, and trains each network for
+one more epoch. It writes residual.csv, one row a network, and residual.pt, the first seed's trained
+network. Each row is kept as soon as it is done: started again, the program goes on where it
+stopped.
 
 What is tested, stated before the run: Taylor minus each method of ``TESTED``, in test accuracy
 after the epoch, at each share: nine paired differences over the seeds, corrected together
