@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from cnn_pruning.measure import Budget, count_macs, count_parameters
 from cnn_pruning.network.checks import check_function, integer
 from cnn_pruning.network.description import Network
 from cnn_pruning.network.maps import Seen, on_feature_maps, side_by_side, with_gradient
-from cnn_pruning.network.passes import Cost, Inputs, copy_of, size_of
+from cnn_pruning.network.passes import Cost, Inputs, copy_of
 from cnn_pruning.network.reading import check_keep
 from cnn_pruning.network.removal import remove
 from cnn_pruning.scores import ByLayer, Filters, Scores, normalize, select_filters, spare_filters
@@ -103,54 +102,56 @@ def prune_iteratively(
 
     Source: Molchanov et al. 2017, Figure 1 and section 2.
     """
-    per_step = integer("per_step", per_step, 1)
-    batch_size = integer("batch_size", batch_size, 1)
-    updates = integer("updates", updates, 0)
-    _, lr, seed = training.check_settings(1, lr, seed)
-    check_function("rescore", rescore, "network", "scores")
-    targets = {"filters": filters, "parameters": parameters, "macs": macs}
-    ranks.agree(train, criterion=criterion, updates=updates, per_step=per_step, lr=lr, **targets)
-    criteria.find(criterion)
-    check_keep(model, keep)
-    network, images = scorable(model, train, linear=linear), few_images(train, 1)
-    kept_whole = network.names_of(keep)
-    found = criteria.find(criterion, network, cost)
-    on_the_way = found if updates and found not in criteria.WHOLE else None
-    spare = spare_filters(network.filters(), min_filters, kept_whole, max_share)
-    # What each layer keeps, in filters of the network that was handed in
-    least = {name: count - spare[name] for name, count in network.filters().items()}
-    budget = Budget(network, images, milliseconds=milliseconds, **targets)
-    budget.check(remove(network, {name: list(range(count)) for name, count in spare.items()}))
-    # What raises, if it must, does so before anything is trained
-    loss, _ = training.evaluate(model, val, cost=cost)
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"The loss on the validation images is {loss} from the start: check these images and "
-            "the network's weights."
+    with ranks.together(train):  # raises, if it must, before anything is trained
+        per_step = integer("per_step", per_step, 1)
+        batch_size = integer("batch_size", batch_size, 1)
+        updates = integer("updates", updates, 0)
+        _, lr, seed = training.check_settings(1, lr, seed)
+        check_function("rescore", rescore, "network", "scores")
+        targets = {"filters": filters, "parameters": parameters, "macs": macs}
+        ranks.agree(
+            train, criterion=criterion, updates=updates, per_step=per_step, lr=lr, **targets
         )
-    if updates:
-        training.check_trainable(model, train, batch_size)
+        criteria.find(criterion)
+        check_keep(model, keep)
+        network, images = scorable(model, train, linear=linear), few_images(train, 1)
+        kept_whole = network.names_of(keep)
+        found = criteria.find(criterion, network, cost)
+        on_the_way = found if updates and found not in criteria.WHOLE else None
+        spare = spare_filters(network.filters(), min_filters, kept_whole, max_share)
+        # What each layer keeps, in filters of the network that was handed in
+        least = {name: count - spare[name] for name, count in network.filters().items()}
+        budget = Budget(network, images, milliseconds=milliseconds, **targets)
+        budget.check(remove(network, {name: list(range(count)) for name, count in spare.items()}))
+        loss, _ = training.evaluate(model, val, cost=cost)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss on the validation images is {loss} from the start: check these images "
+                "and the network's weights."
+            )
+        if updates:
+            training.check_trainable(model, train, batch_size)
 
     stream = _endless(train, batch_size, seed)
     widths = network.filters()
     kept = {name: list(range(count)) for name, count in widths.items()}
     with progress(sum(spare.values()), "pruning") as advance:
-        while not budget.holds(network):
+        while not ranks.of_all(train, budget.holds(network))[0]:  # milliseconds differ
             network = network.of(copy_of(network.model))
             scores = {}
             if updates:
-                mini_batches = islice(stream, updates)
-                scores = _train(network, train, mini_batches, lr, seed, on_the_way, cost)
+                scores = _train(network, train, stream, updates, lr, seed, on_the_way, cost)
             if on_the_way is None:
                 scored = network.only(lambda name: name not in kept_whole)
                 scores = criteria.score(scored, train, criterion, 128, cost)
-            scores = rescore(network.model, scores)
-            room = sum(spare_filters(network.filters(), least).values())
-            left = sum(network.filters().values()) - filters if filters else room
-            count = min(per_step, room, left)
-            rescored = scores if isinstance(scores, dict) else ()
-            limits = {name: fewest for name, fewest in least.items() if name in rescored}
-            chosen = network.checked(select_filters(scores, count, limits))
+            with ranks.together(train):
+                scores = rescore(network.model, scores)
+                room = sum(spare_filters(network.filters(), least).values())
+                left = sum(network.filters().values()) - filters if filters else room
+                count = min(per_step, room, left)
+                rescored = scores if isinstance(scores, dict) else ()
+                limits = {name: fewest for name, fewest in least.items() if name in rescored}
+                chosen = network.checked(select_filters(scores, count, limits))
             # Those of one rank, whatever rescore does on each
             chosen = ranks.gathered(train, network.model, chosen)[0]
             network = remove(network, chosen)
@@ -186,12 +187,13 @@ def _train(
     network: Network,
     train: Dataset,
     stream: Iterator[tuple[Inputs, object, float]],
+    updates: int,
     lr: float,
     seed: int,
     per_example: PerExample | None,
     cost: Cost | None,
 ) -> Scores:
-    """Train in place on the mini-batches of ``stream``; return scores from the same passes."""
+    """Train in place on mini-batches of ``stream``; return scores from the same passes."""
     precision = training.mixed_precision(network.model)
     optimizer = torch.optim.Adam(network.model.parameters(), lr)
     mean = MeanOverExamples(per_example)
@@ -208,13 +210,14 @@ def _train(
     seed = ranks.seed_of_rank(seed, train)
     with training.in_training(network.model, seed), on_feature_maps(watched, keep):
         parallel = ranks.in_parallel(network.model, train)
-        for images, labels, divisor in stream:
-            total += training.update(parallel, optimizer, images, labels, divisor, precision, cost)
+        for _ in range(updates):
+            loss, size, divisor = training.update(parallel, optimizer, stream, precision, cost)
+            total += loss
             if per_example and divisor < math.inf:
                 for seen in found:  # the gradient of each example's own loss, not of the mean
                     slope = torch.zeros_like(seen.z) if seen.z.grad is None else seen.z.grad
                     seen.z, seen.slope = _exact(seen.z), _exact(slope) * divisor
-                mean.add(side_by_side(network, found, size_of(images)))
+                mean.add(side_by_side(network, found, size))
             found.clear()
     ranks.make_same(network.model, train)
     loss = ranks.summed(train, network.model, {"loss": float(total)})["loss"]

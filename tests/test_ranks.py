@@ -17,7 +17,7 @@ from stores import Pairs, runs
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit
+from cnn_pruning import TaylorPruner, evaluate, filter_scores, fit, measure, normalize
 from cnn_pruning.criteria import CRITERIA
 from cnn_pruning.experiments import ranks
 from cnn_pruning.experiments.data import batches, epoch
@@ -29,10 +29,17 @@ CLASSES = 3
 
 
 class Unread(Pairs):
-    """A dataset whose files are gone."""
+    """A dataset whose files are gone, once ``left`` examples were read."""
+
+    def __init__(self, data, left=0):
+        super().__init__(data)
+        self.left = left
 
     def __getitem__(self, i):
-        raise OSError("no file")
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("no file")
+        return super().__getitem__(i)
 
 
 def dataset(size, seed=0):
@@ -123,10 +130,30 @@ def steps(train, val, model=None, **options):
     ]
 
 
+def timed(rank):
+    """A schedule down to 6 milliseconds, of which each rank measures another number."""
+
+    def latency(model, **_):
+        return [(rank + sum(m.out_channels for m in model.modules() if hasattr(m, "kernel_size")),)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "latency", latency)
+        target = {"milliseconds": 6, "filters": None}
+        return steps(divide(TRAIN), divide(VAL), updates=0, **target)
+
+
 def refreshed(data):
     model = network(norm=True)
     refresh_batch_norms(model, data, batch_size=7)
     return dict(model.state_dict())
+
+
+def nothing(network, scores):
+    return {}
+
+
+def normalized(network, scores):
+    return normalize(scores)
 
 
 def at_random(network, scores):
@@ -183,6 +210,7 @@ def alone():
         "not shared": filter_scores(network(), part),
         "norm": fitted(divide(TRAIN), divide(VAL), network(norm=True), **FIT),
         "norm, steps": steps(divide(TRAIN), divide(VAL), network(norm=True), updates=2),
+        "milliseconds": timed(rank),
         "random rescore": steps(divide(TRAIN), divide(VAL), updates=0, rescore=at_random),
         "dropout": fitted(divide(TRAIN), divide(VAL), network(dropout=0.5), **FIT),
         "random": steps(divide(TRAIN), divide(VAL), criterion="random", updates=2),
@@ -203,7 +231,8 @@ def alone():
         if rank == several - 1:
             images, labels = (tensor.clone() for tensor in data.tensors)
             labels[:] = changed.get("label", labels)
-            shared.data = Unread(data) if "unread" in changed else TensorDataset(images, labels)
+            gone = "unread" in changed
+            shared.data = Unread(data, changed["unread"]) if gone else TensorDataset(images, labels)
         return shared
 
     mine = rank == several - 1
@@ -221,6 +250,10 @@ def alone():
             lambda: filter_scores(network(), divide(TRAIN), "apoz" if mine else "taylor")
         ),
         "labels must  ": refused(lambda: filter_scores(network(), off(TRAIN, label=7))),
+        "updates must": refused(lambda: steps(divide(TRAIN), VAL, updates=-1 if mine else 1)),
+        "there are no layers": refused(
+            lambda: steps(divide(TRAIN), VAL, rescore=nothing if mine else normalized, updates=0)
+        ),
         "updates": refused(lambda: steps(divide(TRAIN), VAL, updates=2 + mine)),
         "lr ": refused(lambda: steps(divide(TRAIN), VAL, lr=1e-3 * (1 + mine))),
         "epochs": refused(lambda: fitted(divide(TRAIN), VAL, epochs=1 + mine)),
@@ -233,7 +266,12 @@ def alone():
         "network": refused(lambda: evaluate(moved, divide(TRAIN))),
         "labels must": refused(lambda: evaluate(network(), off(TRAIN, label=7))),
         "labels must ": refused(lambda: fitted(off(TRAIN, label=7), VAL, trained, **FIT)),
-        "has stopped: no file.": refused(lambda: evaluate(network(), off(TRAIN, unread=True))),
+        "has stopped: no file.": refused(lambda: evaluate(network(), off(TRAIN, unread=0))),
+        "has stopped: no file. ": refused(
+            lambda: fitted(off(TRAIN, unread=4), VAL, trained, **FIT)
+        ),
+        "stopped: no file.": refused(lambda: steps(off(TRAIN, unread=0), VAL)),
+        "stopped: no file. ": refused(lambda: steps(off(TRAIN, unread=12), VAL)),
         "different calls": refused(
             lambda: evaluate(network(), divide(TRAIN)) if mine else fitted(divide(TRAIN), VAL)
         ),

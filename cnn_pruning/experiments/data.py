@@ -27,7 +27,7 @@ from torch.utils.data import (
 from torchvision.datasets import FashionMNIST
 
 from cnn_pruning.experiments.paths import ROOT
-from cnn_pruning.experiments.ranks import Shared, agree, of_all, own
+from cnn_pruning.experiments.ranks import Shared, agree, of_all, own, together
 from cnn_pruning.network.checks import integer, shown
 from cnn_pruning.network.passes import Inputs
 
@@ -217,7 +217,8 @@ def few_images(data: Dataset | Inputs | None, count: int = 2) -> Inputs | None:
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
         return [x[:count] for x in data]
     elsewhere = isinstance(data, Shared) and len(data) and not len(data.data)
-    images = None if elsewhere else next(iter(batches(own(data), count)))[0]
+    with together(data):
+        images = None if elsewhere else next(iter(batches(own(data), count)))[0]
     return next(x for x in of_all(data, images) if x is not None)
 
 

@@ -264,8 +264,8 @@ def in_parallel(model: nn.Module, data: Dataset) -> nn.Module:
 
 
 @contextmanager
-def forward_pass(model: nn.Module) -> Iterator[None]:
-    """What a rank raises in its forward pass, all ranks raise that train ``model`` together.
+def all_or_none(model: nn.Module) -> Iterator[None]:
+    """What a rank raises in this block, all ranks raise that train ``model`` together.
 
     Otherwise they would wait for its gradients.
     """

@@ -18,7 +18,7 @@ from cnn_pruning.experiments.progress import progress
 from cnn_pruning.experiments.ranks import (
     Shared,
     agree,
-    forward_pass,
+    all_or_none,
     gathered,
     in_parallel,
     make_same,
@@ -32,6 +32,7 @@ from cnn_pruning.network.checks import check_function, integer, positive
 from cnn_pruning.network.description import BATCH_NORM
 from cnn_pruning.network.passes import (
     Cost,
+    Inputs,
     copy_of,
     device_of,
     differentiable,
@@ -39,6 +40,7 @@ from cnn_pruning.network.passes import (
     on_device,
     outputs_of,
     pieces,
+    size_of,
     summed_loss,
     training_flags,
 )
@@ -143,9 +145,9 @@ def fit(
         try:
             network = in_parallel(model, train)
             for number in range(1, epochs + 1):
-                total = 0.0
-                for images, labels, divisor in epoch(loader, train, batch_size):
-                    total += update(network, optimizer, images, labels, divisor, precision, cost)
+                total, stream = 0.0, epoch(loader, train, batch_size)
+                for _ in range(len(loader)):
+                    total += update(network, optimizer, stream, precision, cost)[0]
                     schedule.step()
                     advance()
                 make_same(model, train)
@@ -174,30 +176,32 @@ def fit(
 def update(
     model: nn.Module,
     optimizer: Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    divisor: float,
+    stream: Iterator[tuple[Inputs, object, float]],
     precision: torch.autocast,
     cost: Cost | None = None,
-) -> Tensor:
-    """Make one step of ``optimizer`` on a mini-batch; return its summed loss, a scalar.
+) -> tuple[Tensor, int, float]:
+    """Make one step of ``optimizer`` on the next mini-batch of ``stream``, one of ``epoch``.
 
-    The gradients stay until the next step. They are those of the *mean* loss, with the ``divisor``
-    of ``epoch``. The forward pass has the ``precision`` of ``mixed_precision``.
+    Return its summed loss, a scalar; how many images it has; and its divisor. The gradients stay
+    until the next step. They are those of the *mean* loss. The forward pass has the ``precision``
+    of ``mixed_precision``.
     """
     device = device_of(model)
-    images, labels = on_device(images, device), on_device(labels, device)
     optimizer.zero_grad()
     parallel = isinstance(model, DistributedDataParallel)
     with meeting() if parallel else nullcontext():
-        with forward_pass(model):
+        with all_or_none(model):
+            images, labels, divisor = next(stream)
+            images, labels = on_device((images, labels), device)
+        with all_or_none(model):
             with precision:
                 outputs = outputs_of(model, images)
             loss = summed_loss(outputs, labels, cost)
         with nullcontext() if parallel else differentiable(loss):
             (loss / divisor).backward()
     optimizer.step()
-    return loss.detach() if divisor < math.inf else torch.zeros_like(loss)
+    counted = loss.detach() if divisor < math.inf else torch.zeros_like(loss)
+    return counted, size_of(images), divisor
 
 
 @contextmanager
