@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,8 @@ def prune_iteratively(
         if updates:
             training.check_trainable(model, train, batch_size)
 
-    stream = _endless(train, batch_size, seed)
+    loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
+    stream = chain.from_iterable(epoch(loader, train, batch_size) for _ in count())
     widths = network.filters()
     kept = {name: list(range(count)) for name, count in widths.items()}
     with progress(sum(spare.values()), "pruning") as advance:
@@ -148,10 +150,10 @@ def prune_iteratively(
                 scores = rescore(network.model, scores)
                 room = sum(spare_filters(network.filters(), least).values())
                 left = sum(network.filters().values()) - filters if filters else room
-                count = min(per_step, room, left)
+                most = min(per_step, room, left)
                 rescored = scores if isinstance(scores, dict) else ()
                 limits = {name: fewest for name, fewest in least.items() if name in rescored}
-                chosen = network.checked(select_filters(scores, count, limits))
+                chosen = network.checked(select_filters(scores, most, limits))
             # Those of one rank, whatever rescore does on each
             chosen = ranks.gathered(train, network.model, chosen)[0]
             network = remove(network, chosen)
@@ -161,7 +163,7 @@ def prune_iteratively(
                 name: [k for k in indices if k not in removed[name]]
                 for name, indices in kept.items()
             }
-            for _ in range(count):
+            for _ in range(most):
                 advance()
             val_loss, val_accuracy = training.evaluate(network.model, val, cost=cost)
             yield Step(
@@ -175,12 +177,6 @@ def prune_iteratively(
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
             )
-
-
-def _endless(train: Dataset, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-    loader = batches(train, batch_size, torch.Generator().manual_seed(seed))
-    while True:
-        yield from epoch(loader, train, batch_size)
 
 
 def _train(

@@ -12,22 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from cnn_pruning.experiments import ranks
 from cnn_pruning.experiments.data import batches, epoch
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.progress import progress
-from cnn_pruning.experiments.ranks import (
-    Shared,
-    agree,
-    all_or_none,
-    gathered,
-    in_parallel,
-    make_same,
-    meeting,
-    own,
-    seed_of_rank,
-    summed,
-    together,
-)
 from cnn_pruning.network.checks import check_function, integer, positive
 from cnn_pruning.network.description import BATCH_NORM
 from cnn_pruning.network.passes import (
@@ -64,24 +52,23 @@ def evaluate(
     aren't integers of one of the classes.
     """
     loss, correct = 0.0, 0
-    with together(data):
+    with ranks.together(data):
         device = device_of(model)
-        agree(data, cost=cost)
+        ranks.agree(data, cost=cost)
         with evaluation(model):
             for images, labels in pieces(batches(data, batch_size), device):
                 outputs = outputs_of(model, images)
                 loss += summed_loss(outputs, labels, cost).item()
                 correct += _correct(outputs, labels)
-        sums = summed(data, model, {"loss": loss, "correct": correct})
+        sums = ranks.summed(data, model, {"loss": loss, "correct": correct})
     return sums["loss"] / len(data), sums["correct"] / len(data)
 
 
 def _correct(outputs: object, labels: object) -> float:
-    if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)):
-        return math.nan
-    if outputs.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
-        return math.nan
-    return (outputs.argmax(1) == labels).sum().item()
+    tensors = isinstance(outputs, Tensor) and isinstance(labels, Tensor)
+    if tensors and outputs.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point():
+        return (outputs.argmax(1) == labels).sum().item()
+    return math.nan
 
 
 def fit(
@@ -122,9 +109,9 @@ def fit(
     ``FloatingPointError`` if the loss stops being finite, and ``ranks.RankLost``. What one rank
     can't use, or has other settings for, all ranks refuse.
     """
-    with together(train):  # raises, if it must, before the model changes
+    with ranks.together(train):  # raises, if it must, before the model changes
         epochs, lr, seed = check_settings(epochs, lr, seed)
-        agree(train, epochs=epochs, lr=lr, cost=cost)
+        ranks.agree(train, epochs=epochs, lr=lr, cost=cost)
         if on_epoch is not None:
             check_function("on_epoch", on_epoch, "row")
         batch_size = integer("batch_size", batch_size, 1)
@@ -138,20 +125,20 @@ def fit(
     history = []
     before = copy.deepcopy(model.state_dict())
     with (
-        in_training(model, seed_of_rank(seed, train)),
+        in_training(model, ranks.seed_of_rank(seed, train)),
         fast_layout(model),
         progress(steps, "training") as advance,
     ):
         try:
-            network = in_parallel(model, train)
+            network = ranks.in_parallel(model, train)
             for number in range(1, epochs + 1):
                 total, stream = 0.0, epoch(loader, train, batch_size)
                 for _ in range(len(loader)):
                     total += update(network, optimizer, stream, precision, cost)[0]
                     schedule.step()
                     advance()
-                make_same(model, train)
-                train_loss = summed(train, model, {"loss": float(total)})["loss"] / len(train)
+                ranks.make_same(model, train)
+                train_loss = ranks.summed(train, model, {"loss": float(total)})["loss"] / len(train)
                 val_loss, val_accuracy = evaluate(model, val, cost=cost)
                 if not math.isfinite(train_loss + val_loss):
                     raise FloatingPointError(
@@ -189,11 +176,11 @@ def update(
     device = device_of(model)
     optimizer.zero_grad()
     parallel = isinstance(model, DistributedDataParallel)
-    with meeting() if parallel else nullcontext():
-        with all_or_none(model):
+    with ranks.meeting() if parallel else nullcontext():
+        with ranks.all_or_none(model):
             images, labels, divisor = next(stream)
             images, labels = on_device((images, labels), device)
-        with all_or_none(model):
+        with ranks.all_or_none(model):
             with precision:
                 outputs = outputs_of(model, images)
             loss = summed_loss(outputs, labels, cost)
@@ -251,15 +238,15 @@ def refresh_batch_norms(
     Raises ``ValueError`` as ``evaluate`` does; the statistics are then as they were.
     """
     images = integer("images", images, 1)
-    loader = batches(own(data), batch_size, torch.Generator().manual_seed(0))
+    loader = batches(ranks.own(data), batch_size, torch.Generator().manual_seed(0))
     frozen = _frozen_norms(model)
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.running_mean is not None]
     norms = {norm: norm.momentum for norm in norms if norm not in frozen}
     if not norms:
         return
-    if isinstance(data, Shared) and not data.whole:
+    if isinstance(data, ranks.Shared) and not data.whole:
         raise ValueError("Every rank needs all of the data: use divide, not pool.")
-    gathered(data, model, None)  # raises if the networks differ
+    ranks.gathered(data, model, None)  # raises if the networks differ
     device, before = device_of(model), [copy.deepcopy(norm.state_dict()) for norm in norms]
     with evaluation(model):
         try:
@@ -276,7 +263,7 @@ def refresh_batch_norms(
         finally:
             for norm, momentum in norms.items():
                 norm.momentum = momentum
-    make_same(model, data)
+    ranks.make_same(model, data)
 
 
 def mixed_precision(model: nn.Module) -> torch.autocast:
@@ -315,19 +302,19 @@ def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:
             "The network has no parameter to train: set requires_grad of those that should learn."
         )
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
-    ranks = train.ranks if isinstance(train, Shared) else 1
+    several = train.ranks if isinstance(train, ranks.Shared) else 1
     sizes = min(batch_size, len(train)), len(train) % batch_size
-    if norms and any(0 < size < 2 * ranks for size in sizes):
+    if norms and any(0 < size < 2 * several for size in sizes):
         trial = copy_of(model)
         trial.train()
         with torch.random.fork_rng([]), torch.no_grad():
-            images, _ = next(iter(batches(own(train), 1)))
+            images, _ = next(iter(batches(ranks.own(train), 1)))
             try:
                 outputs_of(trial, on_device(images, device_of(model)))
             except ValueError as error:
                 raise ValueError(
                     f"{len(train)} images in mini-batches of {batch_size} leave one of a single "
-                    f"image{' to a rank' if ranks > 1 else ''}, on which batch norm can't train: "
+                    f"image{' to a rank' if several > 1 else ''}, on which batch norm can't train: "
                     "use another batch_size."
                 ) from error
 
