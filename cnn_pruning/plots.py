@@ -49,6 +49,9 @@ _LOOKS = {  # color, marker and dashes; variants share their color
     "scratch, same epochs": (_ORANGE, "1", ":"),
 }
 METHODS = {name: color for name, (color, _, _) in _LOOKS.items()}
+NAMES = {"taylor": "Taylor", "weight": "weights", "activation_mean": "mean activation"}
+NAMES |= {"apoz": "zeros (APoZ)"}
+"""What the reader sees, of methods whose names are those of functions."""
 STYLE = {
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
@@ -83,7 +86,8 @@ def look(method: str) -> dict:
 def label_ends(axis: Axes, size: float = 9) -> None:
     """Write the name of each labeled line at its right end, in place of a legend.
 
-    Call it last, when the limits of the axes are set. Names keep clear of each other.
+    Call it last, when the limits of the axes are set. Names are those of ``NAMES``, and keep clear
+    of each other.
     """
     figure = axis.figure.get_figure(root=True)
     figure.draw_without_rendering()  # so that the axes have their places
@@ -108,7 +112,8 @@ def label_ends(axis: Axes, size: float = 9) -> None:
         color = [sum(both) / 2 for both in mixed]  # letters need more contrast than lines
         words = {"color": color, "size": size, "va": "center", "path_effects": halo}
         place = axis.transAxes.inverted().transform((x, y))
-        axis.annotate(line.get_label(), place, (6, 0), "axes fraction", "offset points", **words)
+        name = NAMES.get(line.get_label(), line.get_label())
+        axis.annotate(name, place, (6, 0), "axes fraction", "offset points", **words)
 
 
 def headline(figure: Figure, text: str) -> None:

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import saved_notebooks
+from long_runs import lengths, schedules
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -128,16 +129,16 @@ def _axes_with(names):
 
 
 def test_names_stand_at_the_right_ends_of_their_lines_and_clear_of_each_other():
-    axes = _axes_with(["taylor", "oracle", "random"])
+    axes = _axes_with(["taylor", "oracle", "apoz"])
     axes.plot([0, 1], [3, 3], label="shorter")
     axes.invert_xaxis()  # the right end is the first point now
     plots.label_ends(axes)
     axes.figure.draw_without_rendering()
     words = {text.get_text(): text.get_window_extent() for text in axes.texts}
-    assert set(words) == {"taylor", "oracle", "random", "shorter"}
+    assert set(words) == {"Taylor", "oracle", "zeros (APoZ)", "shorter"}
     for one, other in itertools.combinations(words.values(), 2):
         assert not one.overlaps(other)
-    for name, x in {"taylor": 1, "shorter": 0}.items():
+    for name, x in {"Taylor": 1, "shorter": 0}.items():
         end = axes.transData.transform((x, 1))[0]
         assert 0 < words[name].x0 - end < 30, name
 
@@ -169,3 +170,8 @@ def test_the_words_of_a_figure_can_be_read_on_a_phone(path):
     size = plt.rcParamsDefault["font.size"] * plots.STYLE["figure.dpi"] / 72
     for width in map(int, widths):
         assert size * 390 / width >= 5.5, f"{width} pixels wide"
+
+
+def test_every_method_of_a_table_has_a_look_of_its_own():
+    for method in (*schedules.CRITERIA, schedules.SAME_LAYERS, *lengths.METHODS):
+        assert plots.look(method)["color"] != plots.INK, method

@@ -83,9 +83,8 @@ def accuracy_by_removed(
     highest. ``mark`` draws a vertical line at that number of filters.
     """
     figure, ((axis,),) = subplots(1, 1, 7, 4.2)
-    names = {"taylor": "Taylor", "weight": "weights", "random": "random"}
     for name, accuracy in methods.items():
-        axis.plot(counts, 100 * accuracy.mean(0), label=names[name], **look(name))
+        axis.plot(counts, 100 * accuracy.mean(0), label=name, **look(name))
         if len(accuracy) > 1:
             low, high = (100 * accuracy.aminmax(dim=0)[i] for i in (0, 1))
             axis.fill_between(counts, low, high, color=look(name)["color"], alpha=0.2, lw=0)

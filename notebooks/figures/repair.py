@@ -106,13 +106,12 @@ def accuracy_by_stage(
     method, named as ``plots.look`` has them; ``whole`` is drawn as a dotted line.
     """
     figure, axes = subplots(len(panels), 1, 7, 3.6 * len(panels))
-    names = {"taylor": "Taylor", "weight": "weights", "random, same layers": "random, same layers"}
     for (axis,), (name, (stages, methods)) in zip(axes, panels.items(), strict=True):
         x = range(len(stages))
         for method, accuracy in methods.items():
             line = look(method)
             axis.plot(x, accuracy.T, color=line["color"], lw=0.6, alpha=0.5)
-            axis.plot(x, accuracy.mean(0), lw=2.5, label=names[method], **line)
+            axis.plot(x, accuracy.mean(0), lw=2.5, label=method, **line)
         axis.axhline(whole, color=INK, lw=1, ls=":")
         axis.text(0, whole, "the whole network", ha="left", va="bottom")
         axis.set(ylabel="test accuracy (%)", xlim=(-0.15, 1.35 * (len(stages) - 1)))

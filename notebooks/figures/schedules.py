@@ -8,6 +8,7 @@ from cnn_pruning.plots import (
     INK,
     LAYERS,
     METHODS,
+    NAMES,
     REMOVED,
     STAYS,
     bare_image,
@@ -133,7 +134,7 @@ def dumbbells(table: pd.DataFrame, methods: Sequence[str]) -> Figure:
             axis.plot([before, after], [y, y], color=color, lw=1.5)
             axis.plot(before, y, "o", color=color, mfc="white")
             axis.plot(after, y, "o", color=color)
-        axis.set_yticks(range(len(methods)), methods)
+        axis.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods])
         axis.invert_yaxis()
         axis.set_title(f"at most {share:.0%} of the multiply-adds", size=10)
     axes[-1, 0].set_xlabel("validation accuracy (%): empty before the fine-tuning, filled after")

@@ -34,8 +34,8 @@ CRITERIA = {
     "taylor": "taylor",
     "oracle": "oracle_abs",
     "weight": "weight",
-    "activation mean": "activation_mean",
-    "APoZ": "apoz",
+    "activation_mean": "activation_mean",
+    "apoz": "apoz",
     "random": "random",
 }
 SAME_LAYERS = "random, same layers"
