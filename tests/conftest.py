@@ -1,4 +1,4 @@
-"""What takes long to start, started in the background before the first test that needs it."""
+"""What takes long to start, started in the background before the first test of its file."""
 
 import multiprocessing.forkserver
 import os
@@ -19,11 +19,17 @@ for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:
     signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
-@pytest.fixture(scope="session", autouse=True)
+def asked_for(name, request):
+    """Whether a test of this file uses the fixture ``name``; the others needn't wait for it."""
+    items = (item for item in request.session.items if item.path == request.path)
+    return any(name in item.fixturenames for item in items)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _processes(request):
     """Importing torch takes most of the time of a new process; here, it's done once for all."""
-    needed = any("processes" in item.fixturenames for item in request.session.items)
-    if needed and "forkserver" in multiprocessing.get_all_start_methods():
+    methods = multiprocessing.get_all_start_methods()
+    if asked_for("processes", request) and "forkserver" in methods:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["cnn_pruning"])
         multiprocessing.forkserver.ensure_running()
@@ -36,6 +42,21 @@ def _small_batches():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_maps, "JOINED", 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seeds_without_stacks():
+    """Each ``torch.manual_seed`` is noted, with the stack, for GPUs that start later; there's none.
+
+    The networks are so small that this would be a sixth of the time of their tests.
+    """
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.accelerator.is_available():
+            for kind in (torch.cuda, torch.xpu, torch.mtia):
+                patch.setattr(kind, "_lazy_call", lambda *_, **__: None)
         yield
 
 
@@ -68,10 +89,10 @@ def store(shared, monkeypatch):
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _server(request, tmp_path_factory):
     """An MLflow server of its own process, with its own store; its address and folder."""
-    if not any("server" in item.fixturenames for item in request.session.items):
+    if not asked_for("server", request):
         yield
         return
     from stores import new_store
@@ -119,10 +140,10 @@ def server(_server):
     return uri, folder
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _commands(request, tmp_path_factory):
     """The command under torchrun on few images, once whole and once with a rank that dies."""
-    if not any("commands" in item.fixturenames for item in request.session.items):
+    if not asked_for("commands", request):
         yield
         return
     from stores import new_store

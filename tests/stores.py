@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 import mlflow
 import pytest
 import torch
+from filelock import FileLock
 from networks import assert_same
 from torch.utils.data import Dataset, TensorDataset
 
-from cnn_pruning import CNN, tracking
+from cnn_pruning import CNN, plots, tracking
 
 
 def dataset(size, seed=0):
@@ -82,23 +83,29 @@ def place(root, uri=None, cwd=None):
 def first_use(tmp_path_factory):
     """The folder whose ``root`` holds a default store used from the folder ``cwd``.
 
-    Made once in all tests, because a new database takes seconds.
+    Made once for all tests and their processes, because a new database takes seconds. ``new.db``
+    is its database as it was made.
     """
-    folder = tmp_path_factory.getbasetemp() / "first-use"
-    if not folder.exists():
-        (folder / "root").mkdir(parents=True)
-        (folder / "cwd").mkdir()
-        with place(folder / "root", cwd=folder / "cwd"):
-            tracking.connect()
-            with tracking.run("first"):
-                tracking.log_network(CNN((2,)))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each process has a folder of its own in that of all
+    folder = base / "first-use"
+    with FileLock(base / "first-use.lock"):
+        if not folder.exists():
+            (folder / "root").mkdir(parents=True)
+            (folder / "cwd").mkdir()
+            with place(folder / "root", cwd=folder / "cwd"):
+                tracking.connect()
+                with tracking.run("first"):
+                    tracking.log_network(CNN((2,)))
+            shutil.copy(folder / "root" / "mlflow.db", folder / "new.db")
     return folder
 
 
 def new_store(folder, tmp_path_factory):
     """Make a store without the project's experiment in ``folder``; return its address."""
     uri = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
-    shutil.copy(first_use(tmp_path_factory) / "root" / "mlflow.db", folder / "mlflow.db")
+    shutil.copy(first_use(tmp_path_factory) / "new.db", folder / "mlflow.db")
     with place(folder, uri):  # the first use of an address settles where its files go
         client = mlflow.MlflowClient(uri)
         old = client.get_experiment_by_name(tracking.EXPERIMENT)
@@ -107,7 +114,9 @@ def new_store(folder, tmp_path_factory):
 
 
 def no_figures(monkeypatch):
-    """Saving a figure takes longer than training a small network."""
+    """Drawing and saving a figure takes longer than training a small network."""
+    for draw in ("curves", "score_bars"):
+        monkeypatch.setattr(plots, draw, lambda *_, **__: None)
     monkeypatch.setattr(tracking, "log_figure", lambda *_: None)
 
 

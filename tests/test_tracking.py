@@ -45,6 +45,7 @@ from stores import (
 from torch import nn
 
 from cnn_pruning import TaylorPruner, fit, tracking
+from cnn_pruning.alive import deadline
 from cnn_pruning.baseline import baseline, fit_and_log
 
 # Where the runs are
@@ -285,14 +286,19 @@ def test_a_password_in_the_address_reaches_the_server_and_is_shown_nowhere(serve
     assert uri == f"http://{host}" and "cret" not in shown + printed
 
 
+def sooner(seconds):
+    """A deadline of at most a minute, over after half a second."""
+    assert seconds <= 60
+    return deadline(0.5)
+
+
 def test_a_server_that_drips_is_given_up_after_the_time_for_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr(tracking, "deadline", sooner)
     before = signal.getsignal(signal.SIGALRM)
     with dripping() as uri, place(tmp_path, uri):
         with pytest.raises(ConnectionError, match="it took longer than"):
             tracking.connect()
         monkeypatch.setattr(tracking, "_check_answer", lambda uri: None)
-        monkeypatch.setattr(tracking, "WITHIN", 0.5)
         with pytest.raises(ValueError, match="it took longer than"):
             tracking.connect()
         with pytest.raises(tracking.NotRecorded, match="it took longer than"):
