@@ -209,11 +209,13 @@ def _train(
         for _ in range(updates):
             loss, size, divisor = training.update(parallel, optimizer, stream, precision, cost)
             total += loss
-            if per_example and divisor < math.inf:
-                for seen in found:  # the gradient of each example's own loss, not of the mean
-                    slope = torch.zeros_like(seen.z) if seen.z.grad is None else seen.z.grad
-                    seen.z, seen.slope = _exact(seen.z), _exact(slope) * divisor
-                mean.add(side_by_side(network, found, size))
+            counted = found if per_example and divisor < math.inf else ()
+            for seen in counted:  # the gradient of each example's own loss, not of the mean
+                slope = torch.zeros_like(seen.z) if seen.z.grad is None else seen.z.grad
+                seen.z, seen.slope = _exact(seen.z), _exact(slope) * divisor
+            with ranks.all_or_none(parallel):
+                if counted:
+                    mean.add(side_by_side(network, found, size))
             found.clear()
     ranks.make_same(network.model, train)
     loss = ranks.summed(train, network.model, {"loss": float(total)})["loss"]

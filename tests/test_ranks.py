@@ -24,6 +24,7 @@ from cnn_pruning.experiments.data import batches, epoch
 from cnn_pruning.experiments.ranks import divide, pool
 from cnn_pruning.experiments.training import refresh_batch_norms
 from cnn_pruning.iterative import prune_iteratively
+from cnn_pruning.oracle import oracle
 
 CLASSES = 3
 
@@ -148,6 +149,13 @@ def refreshed(data):
     return dict(model.state_dict())
 
 
+def flawed(z, slope):
+    """A criterion that fails on the last rank alone."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise RuntimeError("no such map")
+    return z.amax(2)
+
+
 def nothing(network, scores):
     return {}
 
@@ -239,8 +247,8 @@ def alone():
     flipped = TensorDataset(*(t.flip(0) if mine else t for t in TRAIN.tensors))
     moved = network(norm=True)
     moved.norm.running_mean.fill_(rank)
-    trained = network()
-    before = state_of(trained)
+    trained, with_norm, unreadable = network(), network(norm=True), off(TRAIN, unread=2)
+    before, of_norm = state_of(trained), state_of(with_norm)
     found["together"] = {
         "batch_size": refused(lambda: evaluate(network(), divide(TRAIN), batch_size=4 + mine)),
         "batch_size ": refused(
@@ -272,11 +280,17 @@ def alone():
         ),
         "stopped: no file.": refused(lambda: steps(off(TRAIN, unread=0), VAL)),
         "stopped: no file. ": refused(lambda: steps(off(TRAIN, unread=12), VAL)),
+        "stopped: no file.   ": refused(lambda: oracle(network(), off(TRAIN, unread=2))),
+        "stopped: no file.    ": refused(lambda: refresh_batch_norms(with_norm, unreadable)),
+        "The criterion failed": refused(
+            lambda: steps(divide(TRAIN), VAL, criterion=flawed, updates=2)
+        ),
         "different calls": refused(
             lambda: evaluate(network(), divide(TRAIN)) if mine else fitted(divide(TRAIN), VAL)
         ),
     }
     assert_same(state_of(trained) | {"random": None}, before | {"random": None})
+    assert_same(state_of(with_norm) | {"random": None}, of_norm | {"random": None})
     timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
     assert all(each.finished.is_set() for each in timers)
 

@@ -254,8 +254,10 @@ def refresh_batch_norms(
                 norm.train()
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean
-            for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
-                outputs_of(model, on_device(inputs, device))
+            with ranks.together(data):
+                for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
+                    outputs_of(model, on_device(inputs, device))
+            ranks.of_all(data, None)  # they meet
         except BaseException:
             for norm, values in zip(norms, before, strict=True):
                 norm.load_state_dict(values)
