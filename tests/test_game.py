@@ -1,9 +1,11 @@
 """The game: what the board says and shows, its levels, and whom one plays against."""
 
+import re
+
 import pandas as pd
 import pytest
 import torch
-from figures import game
+from figures import five_minutes, game
 from long_runs import every_network as every
 from long_runs import levels as game_levels
 from long_runs.levels import Level, Ranks, Rivals
@@ -176,6 +178,37 @@ def test_who_loses_is_not_told_that_they_won(board):
     assert game.PERSONAL_BEST == {}
 
 
+def test_each_level_keeps_its_own_board(board):
+    said = off(board, (0, 1), (1, 2))
+    board.level.index = 1
+    assert board.on == ALL and board.undo.disabled and "Clicks: 0 of 3." in board.words.value
+    off(board, (1, 5))
+    board.level.index = 0
+    assert board.on == ALL - {(0, 1), (1, 2)} and board.words.value == said
+    assert [p for p, card in board.cards.items() if "off" in card.description] == [(0, 1), (1, 2)]
+    press(board.undo)
+    assert board.on == ALL - {(0, 1)}
+    press(board.again)
+    assert board.on == ALL and "Clicks: 0." in board.words.value
+    board.level.index = 1
+    assert board.on == ALL - {(1, 5)} and "Clicks: 1 of 3." in board.words.value
+    board.level.index = 0
+    assert board.on == ALL and "Clicks: 0." in board.words.value
+
+
+def test_who_saw_the_best_of_a_level_has_seen_it_when_they_come_back(board):
+    board.best.value = True
+    board.level.index = 1
+    assert not board.best.value  # nor does it show the best of another level
+    board.level.index = 0
+    assert not board.best.value
+    assert "not with the best outlined" in off(board, (1, 4), (1, 9))
+    assert game.PERSONAL_BEST == {}
+    board.level.index = 1
+    assert "You beat Taylor" not in off(board, (0, 0), (0, 1))
+    assert "No click is left" in off(board, (0, 2))
+
+
 def test_outlines_leave_the_player_s_choice_alone_and_the_best_ends_the_contest(board):
     off(board, (1, 4))
     board.taylor.value = True
@@ -212,7 +245,7 @@ def test_the_cards_show_another_image_and_what_is_seen_through_the_first_layer(b
 
 def test_a_layer_without_filters_is_said_to_be_no_network(board):
     said = off(board, *((0, k) for k in range(every.FIRST)))
-    assert "no network" in said and "game-ladder" not in said
+    assert "no network" in said and not board.bar.value
 
 
 def test_the_bar_is_full_for_the_best_and_empty_for_the_worst(losses):
@@ -220,3 +253,66 @@ def test_the_bar_is_full_for_the_best_and_empty_for_the_worst(losses):
     assert "class='game-you' style='width: 100.0%'" in game.ladder(each, 1)
     assert "class='game-you' style='width: 0.0%'" in game.ladder(each, 1000)
     assert "class='game-you' style='width: 66.7%'" in game.ladder(each, 10)
+
+
+MAPS = {"network.0": torch.ones(3, 2, 2), "network.2": torch.ones(4, 2, 2)}
+MAPS["network.2"][1] = 0  # it sees nothing
+REMOVED = [{}, {"network.0": [2], "network.2": []}, {"network.0": [2], "network.2": [0, 1]}]
+REMOVED[0] = {layer: [] for layer in MAPS}
+
+
+@pytest.fixture
+def slider():
+    """Of a network with 3 and 4 filters, of which the first three positions are known."""
+    row = {"accuracy": 0.9, **dict.fromkeys(five_minutes.COUNTS, 1)}
+    measured = [{**row, "accuracy": 0.9 - n / 10} for n in range(3)]
+    return five_minutes.pruning_slider(MAPS, REMOVED, measured, lambda n: iter((0.5, 0.6)))
+
+
+def parts(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from parts(child)
+
+
+def listened_to(widget):
+    """The widgets whose element a screen reader is to listen to."""
+    return [part for part in parts(widget) if "announced" in part._dom_classes]
+
+
+def test_the_element_that_a_screen_reader_listens_to_is_not_made_anew(board, slider):
+    """It is the widget's own: in its value, which replaces all within, there is no other."""
+    (words,) = listened_to(board.widget)
+    assert words is board.words
+    values = [words.value, off(board, (0, 1)), board.goal.value, board.bar.value]
+    stack, trained = listened_to(slider)
+    assert len(stack.children) == len(REMOVED)
+    assert "Accuracy 80.0%" in stack.children[1].value
+    values += [child.value for child in stack.children]
+    press(next(part for part in parts(slider) if "Train" in getattr(part, "description", "")))
+    assert "60.0% after one epoch" in trained.value
+    for value in [*values, trained.value]:
+        assert not any(role in value for role in ("role='status'", "role='alert'", "aria-live"))
+    for value in (values[0], values[1], stack.children[2].value, trained.value):
+        assert value.endswith(game.announced(""))
+
+
+def test_only_what_a_click_changes_is_read_to_the_player(board):
+    for said in (board.words.value, off(board, (0, 1))):
+        assert "Goal" not in said and "game-ladder" not in said
+    assert "Goal" in board.goal.value and "game-ladder" in board.bar.value
+
+
+@pytest.mark.parametrize("n", range(3))
+def test_removed_cards_are_crossed_out_and_dead_ones_say_so(slider, n):
+    value = next(part for part in parts(slider.children[2].children[n]) if hasattr(part, "value"))
+    layers = value.value.split("<div class='slide-cards'>")[1:]
+    for layer, html in zip(MAPS, layers, strict=True):
+        cards = re.findall(r"<div class='([^']*)'>(.+?)</div>", html)
+        assert len(cards) == len(MAPS[layer])
+        crossed = [k for k, (style, _) in enumerate(cards) if style == "slide-gone"]
+        assert crossed == REMOVED[n][layer]
+        assert [k for k, (_, seen) in enumerate(cards) if "sees nothing here" in seen] == [
+            k for k, seen in enumerate(MAPS[layer]) if not seen.any()
+        ]
+    assert game.CROSS in five_minutes.STYLE.split(".slide-gone::after")[1].split("}")[0]

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cnn_pruning.plots import INK, LAYERS, METHODS, bare_image, headline, label_ends, subplots
-from figures.game import NAMES, data_url, in_color
+from figures.game import CROSS, NAMES, announced, data_url, in_color
 
 import ipywidgets
 from matplotlib.figure import Figure
@@ -13,15 +13,19 @@ from torch import Tensor
 COUNTS = ("parameters", "multiply-adds", "milliseconds")
 STYLE = """<style>
 .slide-cards { display: flex; flex-wrap: wrap; gap: 4px; max-width: 480px; margin-bottom: 8px; }
+.slide-cards > * { width: 56px; height: 56px; position: relative; display: grid;
+  place-content: center; background: var(--jp-layout-color2, #eee); font-size: 12px;
+  line-height: 1.2; text-align: center; }
 .slide-cards img { width: 56px; height: 56px; image-rendering: pixelated; margin: 0; }
-.slide-cards img.slide-gone { opacity: 0.12; }
+.slide-gone img { opacity: 0.25; }
+.slide-gone::after { content: ""; position: absolute; inset: 0; background: CROSS; }
 .slide-bars { display: grid; grid-template-columns: auto minmax(40px, 240px) auto; gap: 6px 10px;
   align-items: center; max-width: 460px; }
 .slide-bars div { height: 20px; background: var(--jp-layout-color2, #eee); }
 .slide-bars i { display: block; height: 100%; }
 .slide-cards, .slide-bars, .slide-words { color: var(--jp-content-font-color0, inherit);
   font-size: 15px; line-height: 1.4; }
-</style>"""
+</style>""".replace("CROSS", CROSS)
 
 
 def pruning_slider(
@@ -30,30 +34,30 @@ def pruning_slider(
     measured: Sequence[Mapping[str, float]],
     repair: Callable[[int], Iterator[float]],
 ) -> ipywidgets.Widget:
-    """A slider that removes filters: their cards fade, and what the network does and costs moves.
+    """A slider that removes filters: cards are crossed out, and what is left of the network moves.
 
     The browser has all its positions, so that it answers while the kernel is busy.
     ``maps`` (K, H, W) from 0 to 1 by layer. By number of removed filters, ``removed`` names them,
     and ``measured`` has the ``accuracy`` and the ``COUNTS``. ``repair`` trains what is left and
     yields the accuracy on the way; a button calls it.
     """
-    pictures = {
-        layer: [data_url(in_color(seen, "magma"))[4:-1] for seen in values]
-        for layer, values in maps.items()
-    }
+    pictures = {layer: [*map(_picture, values)] for layer, values in maps.items()}
     slider = ipywidgets.IntSlider(0, 0, len(removed) - 1, description="remove")
     slider.layout.width = "min(100%, 700px)"
     button = ipywidgets.Button(description="Train what is left for one epoch", icon="play")
     button.layout = {"width": "auto", "align_self": "flex-start"}
-    trained = ipywidgets.HTML()
+    trained, bars = ipywidgets.HTML(announced("")), ipywidgets.HTML()
+    trained.add_class("announced")
 
-    def position(n: int) -> ipywidgets.Widget:
+    def words(n: int) -> ipywidgets.Widget:
         layers = zip(removed[n].values(), NAMES, strict=False)
         gone = [f"{', '.join(map(str, ks))} of the {place}" for ks, place in layers if ks]
         which = f": {' and '.join(gone)}" if gone else ""
         said = f"{n} filter{'s' * (n != 1)} removed{which}. "
-        words = _words(f"{said}Accuracy {measured[n]['accuracy']:.1%}.")
-        cards = ipywidgets.HTML(STYLE + words + _cards(pictures, removed[n]))
+        return ipywidgets.HTML(_words(f"{said}Accuracy {measured[n]['accuracy']:.1%}."))
+
+    def board(n: int) -> ipywidgets.Widget:
+        cards = ipywidgets.HTML(STYLE + _cards(pictures, removed[n]))
         bars = ipywidgets.HTML(_bars(measured[n], measured[0]))
         return ipywidgets.Box([cards, bars], layout={"flex_flow": "row wrap"})
 
@@ -61,32 +65,44 @@ def pruning_slider(
         button.disabled = slider.disabled = True
         n = slider.value
         before, whole = measured[n]["accuracy"], measured[0]["accuracy"]
-        trained.value = _words(f"{n} removed: training …")
+        trained.value, bars.value = _words(f"{n} removed: training …"), ""
         try:
             for accuracy in repair(n):
                 now = f"{n} removed: {before:.1%} → {accuracy:.1%}"
-                bars = _bars({**measured[n], "accuracy": accuracy}, measured[0])
-                trained.value = _words(f"{now}, training …") + bars
-            trained.value = _words(f"{now} after one epoch (whole: {whole:.1%})") + bars
+                trained.value = _words(f"{now}, training …")
+                bars.value = _bars({**measured[n], "accuracy": accuracy}, measured[0])
+            trained.value = _words(f"{now} after one epoch (whole: {whole:.1%})")
         finally:
             button.disabled = slider.disabled = False
 
-    positions = ipywidgets.Stack([*map(position, range(len(removed)))], selected_index=0)
-    ipywidgets.jslink((slider, "value"), (positions, "selected_index"))
+    said, boards = (
+        ipywidgets.Stack([*map(make, range(len(removed)))], selected_index=0)
+        for make in (words, board)
+    )
+    said.add_class("announced")
+    for stack in (said, boards):
+        ipywidgets.jslink((slider, "value"), (stack, "selected_index"))
     button.on_click(train)
-    return ipywidgets.VBox([slider, positions, button, trained])
+    return ipywidgets.VBox([slider, said, boards, button, trained, bars])
 
 
 def _words(said: str) -> str:
-    return f"<div class='slide-words' role='status'>{said}</div>"
+    return announced(f"<div class='slide-words'>{said}</div>")
+
+
+def _picture(seen: Tensor) -> str:
+    """What is on the card of a filter with this map."""
+    if not seen.any():
+        return "<span>sees nothing here</span>"
+    return f"<img alt='' src='{data_url(in_color(seen, 'magma'))[4:-1]}'>"
 
 
 def _cards(pictures: Mapping[str, Sequence[str]], removed: Mapping[str, Sequence[int]]) -> str:
     parts = []
-    for name, (layer, urls) in zip(NAMES, pictures.items(), strict=True):
-        gone = ["class='slide-gone'" if k in removed[layer] else "" for k in range(len(urls))]
-        images = "".join(f"<img alt='' src='{url}' {c}>" for url, c in zip(urls, gone, strict=True))
-        parts.append(f"{name}<div class='slide-cards'>{images}</div>")
+    for name, (layer, found) in zip(NAMES, pictures.items(), strict=True):
+        gone = ["slide-gone" * (k in removed[layer]) for k in range(len(found))]
+        cards = (f"<div class='{c}'>{each}</div>" for c, each in zip(gone, found, strict=True))
+        parts.append(f"{name}<div class='slide-cards'>{''.join(cards)}</div>")
     return "".join(parts)
 
 

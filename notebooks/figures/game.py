@@ -24,11 +24,14 @@ from torch.nn.functional import conv2d, cross_entropy
 NAMES = ("first layer", "second layer")
 NOTHING = "A layer without filters lets nothing through: no network is left."
 PERSONAL_BEST: dict[str, tuple[float, int]] = {}  # loss and clicks by level, for the session
+LINE = f"transparent 48%, {REMOVED} 48% 52%, transparent 52%"
+CROSS = f"linear-gradient(45deg, {LINE}), linear-gradient(-45deg, {LINE})"
 NUMBERS = itertools.count()  # of the boards, whose styles must not mix on one page
 STYLE = """
-.game { --ink: currentColor; --you: YOU; --taylor: TAYLOR; --removed: REMOVED;
+.game { --ink: currentColor; --you: YOU; --taylor: TAYLOR;
   color: var(--jp-content-font-color0, inherit); font-size: 15px; line-height: 1.45; }
-.game p { margin: 4px 0; }
+.game p, .game-ends { margin: 4px 0; line-height: 1.45; }
+.game button { width: auto; }
 .game .game-card { width: 96px; height: 160px; margin: 2px; padding: 0 0 3px; position: relative;
   display: flex; align-items: flex-end; justify-content: center; line-height: 1.2;
   color: inherit; border: 3px solid transparent; box-sizing: border-box;
@@ -38,14 +41,12 @@ STYLE = """
 .game .game-card.game-off::before { content: ""; position: absolute; inset: 0 0 20px;
   background: var(--jp-layout-color0, white); opacity: 0.75; }
 .game .game-card.game-off::after { content: ""; position: absolute; inset: 2px 2px auto;
-  height: 84px; background:
-    linear-gradient(45deg, transparent 48%, var(--removed) 48% 52%, transparent 52%),
-    linear-gradient(-45deg, transparent 48%, var(--removed) 48% 52%, transparent 52%); }
+  height: 84px; background: CROSS; }
 .game .game-card.game-taylor { border: 3px dashed var(--taylor); }
 .game .game-card.game-best { outline: 3px double var(--ink); }
 .game .game-card:focus-visible { box-shadow: 0 0 0 2px var(--jp-layout-color0, white),
   0 0 0 5px var(--ink); }
-.game-won { border: 2px solid var(--taylor); border-radius: 4px; padding: 2px 8px; }
+.game-won { display: inline-block; border: 2px solid var(--taylor); padding: 2px 8px; }
 .game-ladder, .game-ends { max-width: 790px; position: relative; }
 .game-ladder { height: 18px; margin-bottom: 20px; border: 1px solid var(--ink); }
 .game-ladder > * { position: absolute; top: 0; height: 100%; }
@@ -70,9 +71,9 @@ def play(seed: int = 0) -> ipywidgets.Widget:
     """
     (network,) = trained.networks([seed])
     train, val, _ = fashion_mnist()
-    losses = Losses(network, *train[: every_network.IMAGES])
+    some = (part[: every_network.IMAGES].clone() for part in train.tensors)  # the rest is freed
     images = {name: val.tensors[0][val.tensors[1] == k][0] for k, name in enumerate(CLASSES)}
-    return Board(losses, *levels(seed), images).widget
+    return Board(Losses(network, *some), *levels(seed), images).widget
 
 
 class Losses:
@@ -91,7 +92,7 @@ class Losses:
         conv1, _, conv2, *_, linear = self.network.network
         read = linear.weight.unflatten(1, (conv2.out_channels, -1))
         found = []
-        for some in self.images.split(500):
+        for some in self.images.split(100):  # so few that they stay in the processor's cache
             z = conv1(some).relu_()[:, first]
             z = conv2d(z, conv2.weight[:, first], conv2.bias, padding=1).relu_()
             found.append(torch.einsum("nkm,ckm->nkc", z.flatten(2), read))
@@ -121,6 +122,7 @@ class Board:
     ) -> None:
         self.losses, self.rivals, self.images = losses, rivals, [*images.items()]
         self.convs = [m for m in losses.network.modules() if isinstance(m, torch.nn.Conv2d)]
+        self.looks = {"layout": ipywidgets.Layout(), "style": ipywidgets.ButtonStyle()}  # of all
         self.cards = {
             (i, k): self._card(i, k)
             for i, conv in enumerate(self.convs)
@@ -128,42 +130,47 @@ class Board:
         }
         # No drop-down lists: JupyterLab takes the arrow keys away from them.
         self.level = ipywidgets.ToggleButtons(options=[(level.name, level) for level in levels])
-        self.level.style.button_width = "auto"
-        self.another = ipywidgets.Button(description="Another image", icon="image")
+        self.another = ipywidgets.Button(icon="image")
         self.another.tooltip = "See on the cards what the filters find in the next class"
         self.undo = ipywidgets.Button(description="Undo", icon="undo")
         self.undo.tooltip = "Take back the last click; this is a click, too"
         self.again = ipywidgets.Button(description="Start again", icon="refresh")
-        self.again.tooltip = "Switch all filters on, and count the clicks from 0"
+        self.again.tooltip = "Switch all filters of this level on, and count from 0"
         self.taylor = ipywidgets.ToggleButton(description="Outline Taylor's choice")
         self.best = ipywidgets.ToggleButton(description="Outline the best")
         self.taylor.tooltip = "Mark the filters that Taylor keeps with a T and a dashed line"
         self.best.tooltip = "From then on, beating Taylor doesn't count until you start again"
-        controls = (self.undo, self.again, self.taylor, self.best, self.another)
-        for control in controls:
-            control.layout.width = "auto"
+        controls = wrapped((self.undo, self.again, self.taylor, self.best, self.another))
         self.number = f"game-{next(NUMBERS)}"
-        self.maps, self.words = ipywidgets.HTML(), ipywidgets.HTML()
-        self.words.layout.min_height = "190px"  # so that the cards stay where they are
-        rows = [self._style(), self.maps, self.level, wrapped(controls), self.words]
+        self.maps, self.goal, self.words, self.bar = (ipywidgets.HTML() for _ in range(4))
+        self.words.add_class("announced")
+        said = ipywidgets.VBox([self.goal, self.words, self.bar])
+        said.layout.min_height = "190px"  # so that the cards stay where they are
+        rows = [self._style(), self.maps, self.level, controls, said]
         for layer, name in enumerate(NAMES):
             rows.append(ipywidgets.HTML(f"<b>{name.capitalize()}</b>"))
             rows.append(wrapped(card for (i, _), card in self.cards.items() if i == layer))
-        self.widget = ipywidgets.VBox(rows)
-        for style in ("game", self.number):
-            self.widget.add_class(style)
+        self.widget = ipywidgets.VBox(rows).add_class("game").add_class(self.number)
+        self.left = {}  # how the levels that aren't shown stand
         self.start()
         self.undo.on_click(lambda _: self.take_back())
         self.again.on_click(lambda _: self.start())
         self.another.on_click(lambda _: self.look_at_another())
-        self.level.observe(lambda _: self.start(), names="value")
+        self.level.observe(lambda change: self._change(change.old, change.new), names="value")
         for outline in (self.taylor, self.best):
             outline.observe(lambda _: self._show(), names="value")
 
     def start(self) -> None:
-        """Switch all filters on, and count from 0."""
-        self.on, self.before = {*self.cards}, []
-        self.clicks, self.peeked = 0, False
+        """Switch all filters of this level on, and count from 0."""
+        self._stand({*self.cards}, [], 0, False)
+
+    def _change(self, old: Level, new: Level) -> None:
+        """Show a level as it was left."""
+        self.left[old.name] = (self.on, self.before, self.clicks, self.peeked)
+        self._stand(*self.left.get(new.name, ({*self.cards}, [], 0, False)))
+
+    def _stand(self, on: set[Place], before: list[set[Place]], clicks: int, peeked: bool) -> None:
+        self.on, self.before, self.clicks, self.peeked = on, before, clicks, peeked
         self.best.value = False
         self._show()
 
@@ -188,47 +195,40 @@ class Board:
 
     def _show(self) -> None:
         level = self.level.value
-        missing = level.missing(*(sum(i == layer for i, _ in self.on) for layer in (0, 1)))
-        rivals = self.rivals.get(len(self.on), level.rivals) if missing else level.rivals
         self.peeked |= self.best.value
         over = level.clicks is not None and self.clicks >= level.clicks
         self.undo.disabled = over or not self.before
         for place, card in self.cards.items():
             card.disabled = over
-            marks = {
-                "T": self.taylor.value and place in level.rivals.taylor,
-                "B": self.best.value and place in level.rivals.best,
-            }
-            self._look(card, place, marks)
+            self._look(card, place, level.rivals)
         self.maps.value = f"<style>{self._maps()}</style>"
-        said = self._said(level, rivals, missing)
-        self.words.value = f"<div role='status' aria-atomic='true'>{said}</div>"
-
-    def _said(self, level: Level, rivals: Rivals, missing: str) -> str:
-        lines = [f"<b>Goal: {goal(level)}</b>"]
+        self.goal.value = f"<p><b>Goal: {goal(level)}</b></p>"
+        lines, self.bar.value = self._said(level)
         clicks = f"{self.clicks} of {level.clicks}" if level.clicks else self.clicks
-        bar = ""
-        if {i for i, _ in self.on} != {0, 1}:
-            lines.append(NOTHING)
-        else:
-            loss, accuracy = self.losses.outcome(self.on)
-            rank, exact = rivals.ranks.rank(loss)
-            lines.append(
-                f"Yours: loss <b>{loss:.4f} nats</b>, accuracy {accuracy:.1%} (training images)."
-            )
-            if rivals.ranks.of > 1:
-                lines[-1] += (
-                    f" {rivals.who.capitalize()}, that is "
-                    f"{against(loss, rivals.taylor_loss, 'Taylor')} and "
-                    f"{against(loss, rivals.best_loss, 'the best')}; {'' if exact else 'about '}"
-                    f"{rank - 1:,} of all {rivals.ranks.of:,} are better."
-                )
-                bar = ladder(rivals, rank)
-            lines.append(self._won(level, loss, rank) if not missing else f"<b>{missing}</b>")
         lines[-1] += f" Clicks: {clicks}.{personal_best(level)}"
-        if level.clicks and self.clicks >= level.clicks:
+        if over:
             lines.append("<b>No click is left.</b> Start again?")
-        return "".join(f"<p>{line}</p>" for line in lines if line) + bar
+        self.words.value = announced("".join(f"<p>{line}</p>" for line in lines))
+
+    def _said(self, level: Level) -> tuple[list[str], str]:
+        """Return how the player stands, in lines and as a bar."""
+        widths = [sum(i == layer for i, _ in self.on) for layer in (0, 1)]
+        if 0 in widths:
+            return [NOTHING], ""
+        missing = level.missing(*widths)
+        rivals = self.rivals.get(sum(widths), level.rivals) if missing else level.rivals
+        loss, accuracy = self.losses.outcome(self.on)
+        rank, exact = rivals.ranks.rank(loss)
+        yours = f"Yours: loss <b>{loss:.4f} nats</b>, accuracy {accuracy:.1%} (training images)."
+        if several := rivals.ranks.of > 1:
+            yours += (
+                f" {rivals.who.capitalize()}, that is "
+                f"{against(loss, rivals.taylor_loss, 'Taylor')} and "
+                f"{against(loss, rivals.best_loss, 'the best')}; {'' if exact else 'about '}"
+                f"{rank - 1:,} of all {rivals.ranks.of:,} are better."
+            )
+        result = f"<b>{missing}</b>" if missing else self._won(level, loss, rank)
+        return [yours, result], ladder(rivals, rank) if several else ""
 
     def _won(self, level: Level, loss: float, rank: int) -> str:
         by = level.rivals.taylor_loss - loss
@@ -240,25 +240,25 @@ class Board:
         if loss < known[0] - ROUNDING:
             PERSONAL_BEST[level.name] = (loss, self.clicks)
         best = " And nothing is better: this is the best of all." if rank == 1 else ""
-        return f"<b class='game-won' role='alert'>You beat Taylor, by {by:.3f} nats!{best}</b>"
+        return f"<b class='game-won'>You beat Taylor, by {by:.3f} nats!{best}</b>"
 
     # How it looks
 
     def _card(self, layer: int, k: int) -> ipywidgets.Button:
-        card = ipywidgets.Button()
-        card.add_class("game-card")
+        card = ipywidgets.Button(**self.looks).add_class("game-card")
         card.add_class(f"game-card-{layer}-{k}")
         card.on_click(lambda _: self.click((layer, k)))
         return card
 
-    def _look(self, card: ipywidgets.Button, place: Place, marks: Mapping[str, bool]) -> None:
+    def _look(self, card: ipywidgets.Button, place: Place, rivals: Rivals) -> None:
         layer, k = place
         state = "on" if place in self.on else "off"
-        card.description = " ".join([f"{k} {state}", *(mark for mark in marks if marks[mark])])
-        keeps = {"T": ", Taylor keeps it", "B": ", the best keeps it"}
-        words = "".join(keeps[mark] for mark in marks if marks[mark])
+        taylor = self.taylor.value and place in rivals.taylor
+        best = self.best.value and place in rivals.best
+        card.description = f"{k} {state}{' T' * taylor}{' B' * best}"
+        words = f"{', Taylor keeps it' * taylor}{', the best keeps it' * best}"
         card.tooltip = f"Filter {k} of the {NAMES[layer]} is {state}{words}"
-        styles = {"game-off": state == "off", "game-taylor": marks["T"], "game-best": marks["B"]}
+        styles = {"game-off": state == "off", "game-taylor": taylor, "game-best": best}
         for style, wanted in styles.items():
             (card.add_class if wanted else card.remove_class)(style)
 
@@ -266,19 +266,16 @@ class Board:
         return f".{self.number} .game-card-{place[0]}-{place[1]} {{{declarations}}}"
 
     def _style(self) -> ipywidgets.HTML:
-        colors = {"YOU": LAYERS[0], "TAYLOR": METHODS["taylor"], "REMOVED": REMOVED}
         style = STYLE
-        for name, color in colors.items():
-            style = style.replace(f"{name};", f"{color};")
+        for name, value in {"YOU": LAYERS[0], "TAYLOR": METHODS["taylor"], "CROSS": CROSS}.items():
+            style = style.replace(f"{name};", f"{value};")
         limits = [conv.weight.abs().max().item() for conv in self.convs]
         for layer, k in self.cards:
             kernel = self.convs[layer].weight[k].detach()
             size = (1, 1) if len(kernel) == 1 else (4, 2)
-            large, small = ("45px", "36px") if len(kernel) == 1 else ("90px 42px", "60px 28px")
-            picture = data_url(sheet(kernel / limits[layer], size))
-            style += self._rule(
-                (layer, k), f"--kernel: {picture}; --large: {large}; --small: {small}"
-            )
+            large, small = ("45px", "32px") if len(kernel) == 1 else ("90px 42px", "60px 28px")
+            picture = f"--kernel: {data_url(sheet(kernel / limits[layer], size))}"
+            style += self._rule((layer, k), f"{picture}; --large: {large}; --small: {small}")
         return ipywidgets.HTML(f"<style>{style}</style>")
 
     @torch.no_grad()
@@ -295,6 +292,16 @@ class Board:
             self._rule((i, k), f"--map: {data_url(in_color(bright[i][k], 'magma'))}")
             for i, k in self.cards
         )
+
+
+def announced(words: str) -> str:
+    """HTML that a screen reader reads when it changes, for a widget of the class "announced".
+
+    Of a widget only its outer element stays while the value changes, and a reader listens to an
+    element that stays. ipywidgets can't give it a role, so this asks the browser to.
+    """
+    listen = "this.closest('.announced:not([role])')?.setAttribute('role', 'status')"
+    return f'{words}<style onload="{listen}"></style>'
 
 
 def goal(level: Level) -> str:
