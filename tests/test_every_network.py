@@ -157,7 +157,8 @@ def test_no_method_is_better_than_the_best_and_all_keep_a_filter_a_layer(network
         for size, subset in found.items():
             assert sizes[subset] == size
             assert losses[best[size]] <= losses[subset]
-            assert every.rank_of(losses[best[size]], losses[sizes == size]) == 1
+    for size in range(2, every.K + 1):
+        assert every.rank_of(losses[best[size]], losses[sizes == size]) == 1
 
 
 def test_a_step_of_re_scoring_never_takes_a_filter_back(network):
@@ -285,11 +286,12 @@ def test_what_notebook_8_says_about_importance_holds_for_each_network_of_the_tab
     assert (rankings.min(axis=1) > 1.5 * few["greedy oracle"]).all(), "none stays near the best"
     for other in ("shapley", "taylor, raw, re-scored"):
         assert (half[other] < half["taylor, raw"]).all(), "ahead of Taylor on each network"
+    assert (half["shapley"] > half["taylor, normalized"]).any(), "only of raw scores"
     change = half["taylor, normalized, re-scored"] < half["taylor, normalized"]
     assert change.any() and not change.all(), "the others change places"
 
 
-def test_the_second_order_is_nearly_exact_in_the_last_layer_and_misses_half_in_the_first():
+def test_the_second_order_misses_a_seventh_in_the_last_layer_and_half_in_the_first():
     filters = pd.read_csv(every.FILTERS, comment="#")
     filters["missed"] = (filters.curvature / 2 - filters.slope - filters.oracle_abs).abs()
     sums = filters.groupby(["layer", "seed"])[["missed", "oracle_abs"]].sum()

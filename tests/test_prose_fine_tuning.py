@@ -28,9 +28,9 @@ def interval(values, tests=1):
     return values.mean() - half, values.mean() + half
 
 
-def accuracies():
+def accuracies(column="test_accuracy"):
     found = pd.read_csv(seeds.TABLE, comment="#")
-    return 100 * found.pivot(index="seed", columns="network", values="test_accuracy")
+    return 100 * found.pivot(index="seed", columns="network", values=column)
 
 
 def test_over_30_percent_of_the_parameters_are_gone():
@@ -53,6 +53,17 @@ def test_over_ten_baselines_it_is_above_its_start_and_below_the_whole_network_tr
     tuned = by_seed["fine-tuned"]
     assert interval(tuned - by_seed["baseline"], 2)[0] > 0
     assert interval(tuned - by_seed["baseline, more epochs"], 2)[1] < 0
+
+
+def test_on_validation_images_both_differences_are_less_than_half_as_large_and_not_shown():
+    for other in ("baseline", "baseline, more epochs"):
+        on = {}
+        for column in ("test_accuracy", "val_accuracy"):
+            by_seed = accuracies(column)
+            on[column] = by_seed["fine-tuned"] - by_seed[other]
+        assert abs(on["val_accuracy"].mean()) < abs(on["test_accuracy"].mean()) / 2
+        low, high = interval(on["val_accuracy"], 2)
+        assert low < 0 < high
 
 
 def test_the_longer_the_training_the_less_it_matters_which_filters_went():

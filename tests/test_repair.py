@@ -293,6 +293,14 @@ def test_the_repair_takes_most_of_taylors_lead_and_of_what_a_bad_draw_costs(tabl
     assert leads["none"].max() > 20 and leads["both"].max() < 8, "what a bad draw costs"
 
 
+def test_after_the_longest_training_taylors_lead_is_no_smaller_for_the_repair(table):
+    leads = [
+        (by_seed(table, 16, "taylor", s, LAST) - by_seed(table, 16, "random", s, LAST)).mean()
+        for s in ("both", "none")
+    ]
+    assert leads[0] >= leads[1]
+
+
 def test_weights_come_close_to_taylor_once_both_are_repaired(table):
     gaps = by_seed(table, 16, "taylor", "both") - by_seed(table, 16, "weight", "both")
     assert abs(gaps.mean()) < 1

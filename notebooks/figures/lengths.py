@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cnn_pruning.plots import INK, headline, label_ends, look, subplots
+from cnn_pruning.plots import INK, NAMES, headline, label_ends, look, subplots
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -12,7 +12,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator
 def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) -> Figure:
     """Mean test accuracy (%) against epochs after the removal: a panel a size, a line a method.
 
-    ``table`` is that of ``long_runs/lengths.py``.
+    ``table`` is that of ``long_runs/lengths.py``. Small numbers say on how many baselines the first
+    method is ahead of the second.
     """
     pruned = table[table.method.isin(methods)].assign(accuracy=100 * table.test_accuracy)
     shares = sorted(pruned.share.unique(), reverse=True)
@@ -23,9 +24,21 @@ def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) 
         for method in methods:
             of_method = rows[rows.method == method].groupby("length").accuracy
             axis.plot(of_method.mean(), label=method, **look(method))
+        first, second = (
+            rows[rows.method == method].pivot(index="seed", columns="length", values="accuracy")
+            for method in methods[:2]
+        )
+        for length in first:
+            ahead = f"{(first[length] > second[length]).sum()} of {len(first)}"
+            words = {"ha": "center", "va": "bottom", "size": 8, "color": INK}
+            axis.annotate(
+                ahead, (length, first[length].mean()), (0, 5), **words, textcoords="offset points"
+            )
         axis.axhline(start, color=INK, lw=0.8, ls=":")
         axis.set(xscale="log", ylabel="test accuracy (%)")
-        axis.set_title(f"{share:.0%} of the multiply-adds left", size=10)
+        ahead = " ahead of ".join(NAMES.get(each, each) for each in methods[:2])
+        said = f"{share:.0%} of the multiply-adds left. Small numbers: {ahead}"
+        axis.set_title(said, size=10)
     lengths = sorted(pruned.length.unique())
     axes[-1, 0].set_xlabel("epochs of training after the removal")
     axes[-1, 0].xaxis.set_major_locator(FixedLocator(lengths))
