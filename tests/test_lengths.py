@@ -1,5 +1,6 @@
 """The long run that crosses how filters are chosen with how long one fine-tunes."""
 
+import io
 import json
 
 import numpy
@@ -22,15 +23,21 @@ def splits():
     return [TensorDataset(*(values[part] for values in data)) for part in parts]
 
 
+SMALL = {
+    "fashion_mnist": splits,
+    "CHANNELS": (3, 4),
+    "BASELINE_EPOCHS": 1,
+    "SHARES": (0.25,),
+    "LENGTHS": (0.5, 2),
+    "CORE": ((0.25, lengths.TAYLOR, 2),),
+    "TRAINING": {"batch_size": 16, "lr": 1e-3},
+}
+
+
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(lengths, "fashion_mnist", splits)
-    monkeypatch.setattr(lengths, "CHANNELS", (3, 4))
-    monkeypatch.setattr(lengths, "BASELINE_EPOCHS", 1)
-    monkeypatch.setattr(lengths, "SHARES", (0.25,))
-    monkeypatch.setattr(lengths, "LENGTHS", (0.5, 2))
-    monkeypatch.setattr(lengths, "CORE", ((0.25, lengths.TAYLOR, 2),))
-    monkeypatch.setattr(lengths, "TRAINING", {"batch_size": 16, "lr": 1e-3})
+    for name, value in SMALL.items():
+        monkeypatch.setattr(lengths, name, value)
 
 
 def run(folder):
@@ -38,8 +45,22 @@ def run(folder):
     return (folder / lengths.TABLE.name).read_text()
 
 
-def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_table(small, tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The table of a small run, as text, and its rows in the order in which they were made."""
+    made, add = [], whole_tables.Rows.add
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(lengths, name, value)
+        patch.setattr(
+            whole_tables.Rows, "add", lambda rows, row: (made.append(row), add(rows, row))
+        )
+        return run(tmp_path_factory.mktemp("whole")), made
+
+
+def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_table(
+    small, whole, tmp_path, monkeypatch
+):
     for stop in (1, 9):
         left = iter(range(stop))
 
@@ -52,26 +73,18 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_table(small, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / f"stopped{stop}")
         monkeypatch.setattr(lengths, "fit", fit)
-        assert run(tmp_path / f"stopped{stop}") == whole
+        assert run(tmp_path / f"stopped{stop}") == whole[0]
 
 
-def test_what_decides_comes_first_for_all_baselines(small, tmp_path, monkeypatch):
-    made = []
-    add = whole_tables.Rows.add
-    monkeypatch.setattr(
-        whole_tables.Rows,
-        "add",
-        lambda rows, row: (made.append((row["seed"], row["method"])), add(rows, row)),
-    )
-    run(tmp_path)
+def test_what_decides_comes_first_for_all_baselines(whole):
+    made = [(row["seed"], row["method"]) for row in whole[1]]
     first = [(seed, method) for seed in (0, 1) for method in ("baseline", lengths.TAYLOR)]
     assert made[:4] == first
     assert len({*made}) == 2 * len(("baseline", *lengths.METHODS, lengths.WHOLE))
 
 
-def test_the_rows_say_what_was_trained(small, tmp_path):
-    run(tmp_path)
-    table = pd.read_csv(tmp_path / lengths.TABLE.name, comment="#")
+def test_the_rows_say_what_was_trained(small, whole):
+    table = pd.read_csv(io.StringIO(whole[0]), comment="#")
     jobs = table.groupby(["share", "method", "length"]).size()
     assert (jobs == 2).all()
     assert len(jobs) == 1 + len(lengths.jobs())

@@ -281,13 +281,19 @@ def test_random_like_taylor_takes_other_filters_of_the_same_layers():
     assert control[-1].model.channels == (1, 1)
 
 
+@pytest.fixture(scope="module", params=[0, 1])
+def by_taylor(request):
+    """A number of updates before each removal, and the steps of that schedule by Taylor."""
+    steps = schedules.schedule(network(), TRAIN, VAL, "taylor", request.param, seed=0)
+    return request.param, list(steps)
+
+
 @pytest.mark.parametrize("method", [*schedules.CRITERIA, schedules.SAME_LAYERS])
-@pytest.mark.parametrize("updates", [0, 1])
-def test_every_schedule_goes_down_to_one_filter_a_layer_and_is_the_same_again(method, updates):
-    model = network()
-    like = list(schedules.schedule(model, TRAIN, VAL, "taylor", updates, seed=0))
+def test_every_schedule_goes_down_to_one_filter_a_layer_and_is_the_same_again(method, by_taylor):
+    updates, like = by_taylor
     first, again = (
-        removed(schedules.schedule(model, TRAIN, VAL, method, updates, 0, like)) for _ in range(2)
+        removed(schedules.schedule(network(), TRAIN, VAL, method, updates, 0, like))
+        for _ in range(2)
     )
     assert first == again
     assert len(set(first)) == len(first) == 5
