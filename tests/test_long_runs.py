@@ -87,14 +87,9 @@ def fast(program, monkeypatch, rows, fail_at=None, error=RuntimeError):
             program, "rows_of_seed", lambda seed, *_: {n: make(seed) for n in names}
         )
         return
-    if program is own_network:
-        monkeypatch.setattr(
-            program, "rows_of_seed", lambda seed, *splits: (make(seed), torch.nn.Linear(seed, 1))
-        )
-        return
-    if program is residual:
+    if program in NETWORKS:
 
-        def made(seed, folder, *splits):
+        def made(seed, folder, *splits, core=False):
             rows, kept = make(seed), io.BytesIO()
             torch.save(torch.nn.Linear(seed, 1).state_dict(), kept)
             return rows, kept.getvalue()
@@ -122,7 +117,7 @@ def files_of(program):
 
 
 def row(seed):
-    return [{"seed": seed, "accuracy": 0.5}]
+    return [{"seed": seed, "method": "some", "accuracy": 0.5}]
 
 
 # Tables
@@ -387,6 +382,17 @@ def test_a_residual_network_gets_down_to_the_multiply_adds_with_as_few_removals_
     larger = remove_filters(model, removed_one_less, data)
     assert count_macs(small, residual.IMAGE_SHAPE) <= macs
     assert count_macs(larger, residual.IMAGE_SHAPE) > macs
+
+
+def test_chance_in_the_same_layers_goes_through_taylors_widths(monkeypatch):
+    fast = {"per_step": 60, "updates": 1, "batch_size": 24, "lr": 1e-3}
+    monkeypatch.setattr(own_network, "SCHEDULE", fast)
+    model = own_network.untrained(0)
+    taylor = own_network.schedule(model, TRAIN, VAL, "taylor", 0, ())
+    control = own_network.schedule(model, TRAIN, VAL, own_network.SAME_LAYERS, 0, taylor)
+    for one, other in zip(taylor, control, strict=True):
+        assert own_network.widths_of(one.model) == own_network.widths_of(other.model)
+        assert one.removed != other.removed
 
 
 def test_chance_in_the_residual_network_has_taylors_widths(monkeypatch):

@@ -40,22 +40,41 @@ def test_an_eighth_of_the_multiply_adds_costs_about_a_point(chain):
     taylor, whole = (
         ends[ends.method == m].set_index("seed") for m in ("taylor, fine-tuned", "baseline")
     )
-    assert (8 * taylor.macs < whole.macs).all()
+    assert 8 * taylor.macs.mean() < whole.macs.mean()
     assert 0.5 < 100 * (whole.test_accuracy - taylor.test_accuracy).mean() < 1.5
 
 
-def test_three_seeds_agree_in_their_counts_and_show_no_difference(chain):
-    by_seed = chain[chain.test_accuracy.notna()].pivot(
-        index="seed", columns="method", values="test_accuracy"
-    )
-    others = by_seed.columns.drop("taylor, fine-tuned")
-    assert len(others) == 5 and len(by_seed) == 3
-    for other in others:
-        gaps = by_seed["taylor, fine-tuned"] - by_seed[other]
-        half = t.ppf(1 - 0.025 / len(others), len(gaps) - 1) * gaps.std() / len(gaps) ** 0.5
-        assert abs(gaps.mean()) < half
-        behind = other.startswith("baseline")
-        assert (gaps < 0).all() if behind else (gaps > 0).all(), other
+@pytest.fixture(scope="module")
+def tests(chain):
+    ends = chain[chain.test_accuracy.notna()]
+    return 100 * ends.pivot(index="seed", columns="method", values="test_accuracy")
+
+
+def interval(gaps, comparisons):
+    half = t.ppf(1 - 0.025 / comparisons, len(gaps) - 1) * gaps.std() / len(gaps) ** 0.5
+    return gaps.mean() - half, gaps.mean() + half
+
+
+@pytest.mark.parametrize("other", ["baseline", own_network.MORE_EPOCHS])
+def test_pruning_this_far_costs_accuracy_also_beside_longer_training(tests, other):
+    gaps = tests["taylor, fine-tuned"] - tests[other]
+    assert interval(gaps, len(own_network.TESTED))[1] < 0
+
+
+@pytest.mark.parametrize("other", own_network.TESTED[2:5])
+def test_no_difference_is_shown_to_other_networks_of_its_size(tests, other):
+    low, high = interval(tests["taylor, fine-tuned"] - tests[other], len(own_network.TESTED))
+    assert low < 0 < high
+
+
+def test_the_controls_are_what_the_text_says(chain):
+    ends = chain[chain.test_accuracy.notna()].set_index(["method", "seed"])
+    widths, epochs = ends.widths, ends.epochs
+    taylor = widths["taylor, fine-tuned"]
+    for same in (f"{own_network.SAME_LAYERS}, fine-tuned", own_network.SAME_EPOCHS):
+        assert (widths[same] == taylor).all(), same
+    assert (widths["random, fine-tuned"] != taylor).all()
+    assert (epochs[own_network.SAME_EPOCHS] == 10).all()
 
 
 # The residual network
@@ -78,7 +97,12 @@ def test_one_shot_down_to_the_smallest_size_is_too_far_for_every_score(pruned, b
     right = means.val_accuracy
     assert (right < baselines.val_before.mean() - 0.02).all(), "points below the baseline"
     assert right[COLLAPSE].max() < 0.5 < right.drop(COLLAPSE).min()
-    assert right["random"] > right["taylor"], "chance is no worse than Taylor"
+    tests = 100 * pruned[pruned.share == LEAST].pivot(
+        index="seed", columns="method", values="test_accuracy"
+    )
+    for chance in ("random", residual.SAME_WIDTHS):
+        low, high = interval(tests["taylor"] - tests[chance], 9)
+        assert low < 0 < high, "Taylor isn't shown to be better than chance"
 
 
 @pytest.mark.parametrize("method", COLLAPSE)

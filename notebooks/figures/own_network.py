@@ -24,18 +24,17 @@ def strip(pictures: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def way_down(way: pd.DataFrame, names: Mapping[str, str], gaps: pd.DataFrame, title: str) -> Figure:
+def way_down(way: pd.DataFrame, methods: Sequence[str], gaps: pd.DataFrame, title: str) -> Figure:
     """Accuracy (%) while a network shrinks, and below it what the end is worth beside others.
 
     ``way`` has the columns ``method``, ``share`` and ``val_accuracy``: a line is the mean by share
-    of the MACs, and ``names`` says which methods to draw, and what to call them. ``gaps`` has, for
-    each network that Taylor's is compared with, the difference of each seed (points), its ``mean``
-    and ``half`` of its interval.
+    of the MACs. ``gaps`` has, for each network that Taylor's is compared with, the difference of
+    each seed (points), its ``mean`` and ``half`` of its interval.
     """
     figure, ((above,), (below,)) = subplots(2, 1, 7, 6.4, height_ratios=(3, 2.6))
-    for method, label in names.items():
+    for method in methods:
         mean = 100 * way[way.method == method].groupby("share").val_accuracy.mean()
-        above.plot(100 * mean.index, mean, label=label, **look(method))
+        above.plot(100 * mean.index, mean, label=method, **look(method))
     above.set(xlabel="multiply-adds left (%), at most", ylabel="validation accuracy (%)")
     above.set_title("On the way down: mean over the seeds")
     above.set_xlim(78, 1)
