@@ -7,6 +7,7 @@ import numpy
 import pandas as pd
 import pytest
 import torch
+from figures.lengths import accuracy_by_length
 from long_runs import lengths, whole_tables
 from torch.utils.data import TensorDataset
 
@@ -155,6 +156,17 @@ def test_the_committed_table_has_what_decides_for_all_baselines():
     jobs = table.groupby(["share", "method", "length"]).seed.apply(sorted)
     assert all(seeds == [*lengths.SEEDS] for seeds in jobs)
     assert {*lengths.CORE} <= {*jobs.index}
+
+
+def test_the_small_numbers_are_on_how_many_baselines_the_first_is_ahead_of_the_second():
+    found = {"first": (0.5, 0.6, 0.7), "second": (0.4, 0.7, 0.6), "baseline": (0.8, 0.8, 0.8)}
+    rows = [
+        {"seed": s, "share": 0.5, "method": m, "length": 1, "test_accuracy": value}
+        for m, values in found.items()
+        for s, value in enumerate(values)
+    ]
+    figure = accuracy_by_length(pd.DataFrame(rows), ["first", "second"], "title")
+    assert "2 of 3" in [text.get_text() for text in figure.axes[0].texts]
 
 
 # Rows that are kept as they are done

@@ -384,6 +384,21 @@ def test_a_residual_network_gets_down_to_the_multiply_adds_with_as_few_removals_
     assert count_macs(larger, residual.IMAGE_SHAPE) > macs
 
 
+def test_the_chain_has_its_core_table_where_a_seed_is_beyond_it(monkeypatch, tmp_path):
+    def rows_of_seed(seed, folder, *splits, core):
+        if not core:
+            raise KeyboardInterrupt
+        more = [{"seed": 0, "method": own_network.SAME_COMPUTE}] if seed == 0 else []
+        return [{"seed": seed, "method": "baseline"}, *more], own_network.TRAINED
+
+    monkeypatch.setattr(own_network, "fashion_mnist", lambda: (TRAIN, VAL, VAL))
+    monkeypatch.setattr(own_network, "rows_of_seed", rows_of_seed)
+    with pytest.raises(KeyboardInterrupt):
+        own_network.main(["0", "1", "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / own_network.TABLE.name, comment="#")
+    assert [*table.seed] == [0, 1] and {*table.method} == {"baseline"}
+
+
 def test_chance_in_the_same_layers_goes_through_taylors_widths(monkeypatch):
     fast = {"per_step": 60, "updates": 1, "batch_size": 24, "lr": 1e-3}
     monkeypatch.setattr(own_network, "SCHEDULE", fast)

@@ -29,11 +29,9 @@ def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) 
             for method in methods[:2]
         )
         for length in first:
-            ahead = f"{(first[length] > second[length]).sum()} of {len(first)}"
-            words = {"ha": "center", "va": "bottom", "size": 8, "color": INK}
-            axis.annotate(
-                ahead, (length, first[length].mean()), (0, 5), **words, textcoords="offset points"
-            )
+            count = f"{(first[length] > second[length]).sum()} of {len(first)}"
+            place = (length, first[length].mean())
+            axis.annotate(count, place, (0, 5), textcoords="offset points", ha="center", size=8)
         axis.axhline(start, color=INK, lw=0.8, ls=":")
         axis.set(xscale="log", ylabel="test accuracy (%)")
         ahead = " ahead of ".join(NAMES.get(each, each) for each in methods[:2])

@@ -2,11 +2,12 @@
 
     uv run python notebooks/long_runs/own_network.py
 
-takes about two hours on two cores, and minutes on a GPU. It trains the network, prunes it step by
-step in several ways, with the multiply-adds that a removal saves as its cost, and trains controls.
-It writes own_network.csv, one row a network, and own_network.pt, the first seed's trained network;
-first without the training from scratch with equal compute, which takes a third of the time. Each
-row is kept as soon as it is done: started again, the program goes on where it stopped.
+takes three hours and a half of one core; a GPU is used if there is one. It trains the network,
+prunes it step by step in several ways, with the multiply-adds that a removal saves as its cost, and
+trains controls. It writes own_network.csv, one row a network, and own_network.pt, the first seed's
+trained network; first without the training from scratch with equal compute, which takes a third of
+the time. Each row is kept as soon as it is done: started again, the program goes on where it
+stopped.
 
 What is tested, stated before the run: Taylor, fine-tuned, minus each method of ``TESTED``, in test
 accuracy: six paired differences over the seeds, corrected together (Bonferroni). Everything else in
