@@ -67,14 +67,22 @@ def test_no_difference_is_shown_to_other_networks_of_its_size(tests, other):
     assert low < 0 < high
 
 
+def test_fifty_epochs_from_scratch_end_below_ten_and_below_taylors_network(tests):
+    long = tests[own_network.SAME_COMPUTE]
+    assert (long < tests[own_network.SAME_EPOCHS]).all(), "with every seed"
+    assert interval(tests["taylor, fine-tuned"] - long, len(own_network.TESTED))[0] > 0
+
+
 def test_the_controls_are_what_the_text_says(chain):
     ends = chain[chain.test_accuracy.notna()].set_index(["method", "seed"])
     widths, epochs = ends.widths, ends.epochs
     taylor = widths["taylor, fine-tuned"]
-    for same in (f"{own_network.SAME_LAYERS}, fine-tuned", own_network.SAME_EPOCHS):
+    scratch = own_network.SAME_EPOCHS, own_network.SAME_COMPUTE
+    for same in (f"{own_network.SAME_LAYERS}, fine-tuned", *scratch):
         assert (widths[same] == taylor).all(), same
     assert (widths["random, fine-tuned"] != taylor).all()
     assert (epochs[own_network.SAME_EPOCHS] == 10).all()
+    assert epochs[own_network.SAME_COMPUTE].between(45, 55).all(), "about fifty"
 
 
 # The residual network
