@@ -164,12 +164,23 @@ def test_who_beats_taylor_is_told_so_and_remembered(board):
     assert "You beat Taylor" not in off(board, (0, 0))
     assert "You beat Taylor" in off(board, (0, 2))
     first = board.losses.outcome(board.on)[0]
-    assert game.PERSONAL_BEST == {"easy": (first, 2)}
+    (known,) = game.PERSONAL_BEST.values()
+    assert known == (first, 2)
     press(board.again)
     said = off(board, (1, 4), (1, 9))
     best = board.losses.outcome(BEST)[0]
     assert "the best of all" in said
-    assert game.PERSONAL_BEST["easy"][0] == min(first, best)
+    (known,) = game.PERSONAL_BEST.values()
+    assert known[0] == min(first, best)
+
+
+def test_a_best_is_told_for_its_own_network_and_level_alone(board, losses):
+    off(board, (0, 0), (0, 2))
+    easy, hurry, _ = (level for _, level in board.level.options)
+    assert "Your best" in game.personal_best(easy)
+    assert game.personal_best(hurry) == ""
+    other = rivals(losses, 100.0, ALL - {(0, 0), (0, 1)})  # that of another network
+    assert game.personal_best(Level("easy", other, 22)) == ""
 
 
 def test_who_loses_is_not_told_that_they_won(board):

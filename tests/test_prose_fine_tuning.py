@@ -81,6 +81,26 @@ def test_from_scratch_with_as_many_epochs_no_difference_is_shown():
         assert low < 0 < high
 
 
+def test_with_as_many_multiply_adds_scratch_leads_at_first_and_ends_behind():
+    leads = {length: TESTED[lengths.SAME_COMPUTE, length] for length in (1, 10)}
+    assert (leads[1] < 0).sum() > 5 and interval(leads[1], lengths.TESTS)[1] > 0, "not shown"
+    assert (leads[10] > 0).all() and interval(leads[10], lengths.TESTS)[0] > 0, "shown"
+
+
+def test_a_longer_training_from_scratch_ends_below_a_shorter_one_with_every_baseline():
+    rows = TABLE[(TABLE.share == 0.25) & (TABLE.length == 10)]
+    epochs, *accuracies = (
+        rows.pivot(index="seed", columns="method", values=column)
+        for column in ("epochs", "val_accuracy", "test_accuracy")
+    )
+    assert {*epochs[lengths.SAME_EPOCHS]} == {15}
+    assert {*epochs[lengths.SAME_COMPUTE]} == {32, 33}
+    for found in accuracies:
+        assert (found[lengths.SAME_COMPUTE] < found[lengths.SAME_EPOCHS]).all()
+    every = TABLE[TABLE.method == lengths.SAME_COMPUTE].epochs
+    assert (every.min(), every.max()) == (23, 33)
+
+
 def test_its_table_has_the_differences_of_the_long_run():
     (shown,) = [table for table in tables("05") if "points" in table and len(table["points"]) > 2]
     told = [float(re.match(NUMBER, words)[1]) for words in shown["points"].values()]

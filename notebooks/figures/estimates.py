@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from cnn_pruning.plots import LAYER_NAMES, LAYERS, subplots
+from cnn_pruning.plots import LAYER_NAMES, LAYERS, headline, subplots
 from cnn_pruning.scores import Scores
 
 from matplotlib.axes import Axes
@@ -28,10 +28,10 @@ def estimate_against_truth(
         x, y = estimate[layer], truth[layer]
         alive = (x > lowest) & (y > 0)
         hidden = ", ".join(map(str, (~alive).nonzero().flatten().tolist()))
-        label = LAYER_NAMES[i] + (f" (not drawn, because nearly dead: {hidden})" if hidden else "")
+        label = LAYER_NAMES[i] + (f" (nearly dead, not drawn: filter {hidden})" if hidden else "")
         axis.scatter(x[alive], y[alive], 36, LAYERS[i], "os^v"[i], label=label)
         points += [(x[k].item(), y[k].item(), k) for k in alive.nonzero().flatten().tolist()]
-    axis.set(ylabel=ylabel, title=title, xscale="log", yscale="log")
+    axis.set(ylabel=ylabel, xscale="log", yscale="log")
     unit = math.floor(math.log10(axis.get_xlim()[1]))
     axis.set_xlabel(f"{xlabel}, in units of $10^{{{unit}}}$")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 10**unit:g}")
@@ -41,6 +41,7 @@ def estimate_against_truth(
         side.set_minor_formatter(NullFormatter())
     _number(axis, points)
     axis.legend()
+    headline(figure, title)
     return figure
 
 

@@ -130,13 +130,13 @@ def way_down(
     ``maps``, ``removed`` and ``measured`` are as in ``pruning_slider``. All is drawn in percent:
     the accuracy itself, and the ``COUNTS`` of the whole network's.
     """
-    figure, ((above,), (below,)) = subplots(2, 1, 9, 5.2, sharex=True, height_ratios=(1, 6))
+    figure, ((above,), (below,)) = subplots(2, 1, 8, 5.2, sharex=True, height_ratios=(1, 6))
     for n, (before, after) in enumerate(itertools.pairwise(removed), start=1):
         for color, layer in zip(LAYERS, maps, strict=False):
             for k in {*after.get(layer, ())} - {*before.get(layer, ())}:
                 place = (n - 0.46, n + 0.46, 0.08, 1)
                 bare_image(above, maps[layer][k], cmap="magma", vmin=0, vmax=1, extent=place)
-                above.text(n, -0.1, k, color=color, size=9, ha="center", va="top")
+                above.text(n, -0.1, k, color=color, ha="center", va="top")
     above.set(ylim=(-0.5, 1.1), aspect="auto")
     order = "each filter's map, in the order in which they go (blue: first layer, orange: second)"
     above.set_title(order, size=10, pad=2)
@@ -170,5 +170,6 @@ def recovery(whole: float, steps: Sequence[float], pieces: int, title: str) -> F
     axis.set_xticks(
         range(0, pieces + 1, 2), [f"{100 * n // pieces}%" for n in range(0, pieces + 1, 2)]
     )
-    axis.set(xlabel="of one epoch", ylabel="validation accuracy (%)", title=title)
+    axis.set(xlabel="of one epoch", ylabel="validation accuracy (%)")
+    headline(figure, title)
     return figure

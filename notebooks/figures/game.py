@@ -23,7 +23,8 @@ from torch.nn.functional import conv2d, cross_entropy
 
 NAMES = ("first layer", "second layer")
 NOTHING = "A layer without filters lets nothing through: no network is left."
-PERSONAL_BEST: dict[str, tuple[float, int]] = {}  # loss and clicks by level, for the session
+# Loss and clicks, for the session, by level and its best loss, which tells networks apart.
+PERSONAL_BEST: dict[tuple[str, float], tuple[float, int]] = {}
 LINE = f"transparent 48%, {REMOVED} 48% 52%, transparent 52%"
 CROSS = f"linear-gradient(45deg, {LINE}), linear-gradient(-45deg, {LINE})"
 NUMBERS = itertools.count()  # of the boards, whose styles must not mix on one page
@@ -236,9 +237,10 @@ class Board:
             return "Taylor still wins." if by < -ROUNDING else "A draw with Taylor."
         if self.peeked:
             return "That beats Taylor, but not with the best outlined: start again."
-        known = PERSONAL_BEST.get(level.name, (math.inf, 0))
+        here = level.name, level.rivals.best_loss
+        known = PERSONAL_BEST.get(here, (math.inf, 0))
         if loss < known[0] - ROUNDING:
-            PERSONAL_BEST[level.name] = (loss, self.clicks)
+            PERSONAL_BEST[here] = (loss, self.clicks)
         best = " And nothing is better: this is the best of all." if rank == 1 else ""
         return f"<b class='game-won'>You beat Taylor, by {by:.3f} nats!{best}</b>"
 
@@ -321,9 +323,10 @@ def against(mine: float, theirs: float, who: str) -> str:
 
 
 def personal_best(level: Level) -> str:
-    if level.name not in PERSONAL_BEST:
+    known = PERSONAL_BEST.get((level.name, level.rivals.best_loss))
+    if known is None:
         return ""
-    loss, clicks = PERSONAL_BEST[level.name]
+    loss, clicks = known
     return f" Your best at this level: {loss:.4f} nats, with {clicks} clicks."
 
 

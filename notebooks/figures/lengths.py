@@ -31,7 +31,7 @@ def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) 
         for length in first:
             count = f"{(first[length] > second[length]).sum()} of {len(first)}"
             place = (length, first[length].mean())
-            axis.annotate(count, place, (0, 5), textcoords="offset points", ha="center", size=8)
+            axis.annotate(count, place, (0, 5), textcoords="offset points", ha="center")
         axis.axhline(start, color=INK, lw=0.8, ls=":")
         axis.set(xscale="log", ylabel="test accuracy (%)")
         ahead = " ahead of ".join(NAMES.get(each, each) for each in methods[:2])

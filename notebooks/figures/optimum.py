@@ -138,11 +138,12 @@ def before_and_after(
 ) -> Figure:
     """Accuracy (%) before and after a training: a thin line a network, a thick one for the mean.
 
-    ``tuned`` maps a choice to (before, after) of each network, and ``methods`` to its look.
+    ``tuned`` maps a choice to (before, after) of each network, and ``methods`` to its look;
+    a choice that no method made has the ink.
     """
     figure, ((axis,),) = subplots(1, 1, 7.5, 4.6)
     for name, pairs in tuned.items():
-        line = look(methods[name])
+        line = look(methods.get(name, ""))
         for pair in pairs:
             axis.plot((0, 1), pair, color=line["color"], lw=0.8, alpha=0.5)
         mean = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]

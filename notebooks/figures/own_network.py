@@ -141,7 +141,7 @@ def slopes(sizes: Mapping[float, pd.DataFrame], title: str) -> Figure:
             axis.plot(
                 range(len(STAGES)),
                 means.loc[method],
-                label=method,
+                label=method.replace("same widths", "same layers"),
                 **look(like),
             )
         axis.set(ylabel="validation accuracy (%)", title=f"{share:.0%} of the multiply-adds")

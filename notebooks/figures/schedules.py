@@ -70,7 +70,7 @@ def filters_left(steps: Sequence[Step], number: int) -> Figure:
     above.set_yticks([0.4 - row for row in range(len(widths))], ["first layer", "second layer"])
     above.set(xticks=[])
     above.spines[:].set_visible(False)
-    above.set_title("filled: a filter and its number; empty: at which removal it went", size=9)
+    above.set_title("filled: a filter and its number; empty: in which removal it went", size=9)
     accuracy = [100 * step.val_accuracy for step in steps]
     below.plot(range(1, len(steps) + 1), accuracy, color=STAYS)
     below.plot(range(1, number + 1), accuracy[:number], **look("taylor"))
@@ -80,7 +80,7 @@ def filters_left(steps: Sequence[Step], number: int) -> Figure:
     headline(
         figure,
         f"{left.filters} filters, {left.parameters:,} parameters, {left.macs:,} multiply-adds: "
-        f"{left.val_accuracy:.1%}",
+        f"accuracy {left.val_accuracy:.1%}",
     )
     return figure
 
