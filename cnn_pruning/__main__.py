@@ -215,7 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
             except (OSError, ValueError) as error:
                 refuse(str(error))
             experiment(options, *splits)
-            sys.stdout.flush()
+            if sys.stdout:  # it may be closed
+                sys.stdout.flush()
     except KeyboardInterrupt as error:
         ranks.say(" ".join(["Interrupted.", *getattr(error, "__notes__", [])]))
         return 128 + (error.args or [signal.SIGINT])[0]

@@ -43,6 +43,8 @@ def signals_interrupt() -> Iterator[None]:
             before(ignored)
             return
         number = (getattr(ignored.exc_value, "args", None) or [signal.SIGINT])[0]
+        if signal.getsignal(number) == signal.SIG_IGN:  # since ``ranks.say``
+            number = signal.SIGINT
         threading.Timer(0.05, _thread.interrupt_main, [number]).start()
 
     with ExitStack() as afterwards:

@@ -312,7 +312,7 @@ def score(
         return {}
     arguments = network, data, batch_size, cost
     with together(data):
-        agree(data, criterion=criterion, cost=cost)
+        agree(data, criterion=criterion, cost=cost, filters=network.filters())
         scores = found(*arguments) if found in WHOLE else over_examples(found, *arguments)
     for name, values in scores.items():
         dtype = network.layer(name).weight.dtype

@@ -110,8 +110,10 @@ def prune_iteratively(
         _, lr, seed = training.check_settings(1, lr, seed)
         check_function("rescore", rescore, "network", "scores")
         targets = {"filters": filters, "parameters": parameters, "macs": macs}
+        schedule = {"updates": updates, "per_step": per_step, "lr": lr}
+        bounds = {"min_filters": min_filters, "max_share": max_share, "linear": linear}
         ranks.agree(
-            train, criterion=criterion, updates=updates, per_step=per_step, lr=lr, **targets
+            train, criterion=criterion, cost=cost, keep=keep, **targets, **schedule, **bounds
         )
         criteria.find(criterion)
         check_keep(model, keep)

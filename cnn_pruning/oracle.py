@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cnn_pruning.experiments.data import batches
-from cnn_pruning.experiments.ranks import summed, together
+from cnn_pruning.experiments.ranks import agree, summed, together
 from cnn_pruning.feature_maps import scorable
 from cnn_pruning.network import passes
 from cnn_pruning.network.description import Network
@@ -38,6 +38,7 @@ def oracle(
     model, device = network.model, passes.device_of(network.model)
     change = {name: torch.zeros(k, dtype=torch.float64) for name, k in network.filters().items()}
     with together(data), passes.evaluation(model):
+        agree(data, cost=cost, filters=network.filters())
         for images, labels in passes.pieces(batches(data, batch_size), device):
             outputs, last, x = _outputs_and_last(model, images)
             base = summed_loss(outputs, labels, cost).cpu().double()

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode
 from uuid import uuid4
 
 import torch
@@ -49,6 +49,10 @@ SERVER = ("http://", "https://")
 SQLITE = "sqlite:///"
 # Tags of a run: the digests of its network's and its model's file, and the lock that it holds.
 DIGEST, MODEL_DIGEST, LOCK = "network_sha256", "model_sha256", "cnn_pruning.lock"
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+LOGIN_OF = "CNN_PRUNING_LOGIN_OF"  # the server that these are for, where its address had them
+# "user:password@", also where the password has a slash, which it shouldn't.
+IN_ADDRESS = r"://([^/\s]*|[^\s/@:]+:(?!\d+/)[^\s@]*)@"
 MODEL = "model/data/model.pt2"  # the file of a model in MLflow's own format
 NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 # Four tries, the last after 24 seconds, all within a minute; by default MLflow tries for more than
@@ -111,17 +115,23 @@ def _check_answer(uri: str) -> None:
 
 def _login_apart(uri: str) -> str:
     """Tell MLflow apart from the address of a server who logs in, so that nothing shows it."""
-    parts = urlsplit(uri)
-    if not uri.startswith(SERVER) or parts.username is None:
+    plain = _shown(uri)
+    if os.environ.get(LOGIN_OF, plain) != plain:  # that of another server
+        for name in (LOGIN_OF, *LOGIN):
+            os.environ.pop(name, None)
+    login = re.search(IN_ADDRESS, uri)
+    if not uri.startswith(SERVER) or not login:
         return uri
-    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-    return _shown(uri)
+    user, _, password = login[1].partition(":")
+    given = (plain, unquote(user), unquote(password))
+    os.environ.update(zip((LOGIN_OF, *LOGIN), given, strict=True))
+    return plain
 
 
 def _shown(text: str) -> str:
     """``text`` without the user and the password in an address of a server or database."""
-    return re.sub(r"://[^/\s]*@", "://", text)
+    text = re.sub(IN_ADDRESS, "://", text)
+    return re.sub(r"(?i)\b(user|username|password|passwd)=[^&\s'\")]*", r"\1=...", text)
 
 
 def _sqlite_path(uri: str) -> Path | None:
@@ -184,7 +194,9 @@ def connect() -> str:
     try:
         if path and path.is_dir():  # MLflow would try again for minutes
             raise IsADirectoryError("that is a folder")
-        if path and (unquote(str(path)) != str(path) or "/" in uri.partition("?")[2]):
+        options = uri.partition("?")[2]
+        cut = options and ("/" in options or "=" not in options)
+        if path and (unquote(str(path)) != str(path) or cut):
             raise ValueError("an address can't hold the % or ? in this path: use another folder")
         with alone(folder), deadline(24 * 3600 if path else WITHIN):
             if path and not path.exists():
@@ -194,6 +206,8 @@ def connect() -> str:
                 _end("KILLED", lock)
                 if (left := folder / lock / "network.pt").exists():
                     warnings.warn(f"The network of a killed run lies in {left}.", stacklevel=2)
+                else:
+                    shutil.rmtree(left.parent, ignore_errors=True)  # with half of one, perhaps
         return experiment
     except Exception as error:  # of MLflow, of its database, of the file system
         place = str(ROOT / "mlflow.db") if uri == default else f"MLFLOW_TRACKING_URI={_shown(uri)}"
@@ -335,7 +349,7 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
                 )
             yield active
             with _recording(f"record the run {name!r}", active):
-                mlflow.end_run()
+                _end("FINISHED", lock, hand_over=False)
         except BaseException as error:
             _end_with(error, name, lock)
             raise

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from filelock import FileLock, Timeout
@@ -20,6 +21,29 @@ from cnn_pruning.alive import (
     undisturbed,
 )
 from cnn_pruning.experiments import paths
+
+
+class Thing:
+    """What can have a weak reference."""
+
+
+def test_an_interrupt_that_python_ignores_comes_again_where_its_signal_is_ignored_since():
+    def once(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, once)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_interrupt():
+            thing = Thing()
+            reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            del thing
+            assert reference() is None
+            for _ in range(200):
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
 
 ERRORS = [ValueError, KeyboardInterrupt]
 

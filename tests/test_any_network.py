@@ -1384,6 +1384,10 @@ LEFT_OUT = {
     "channels the other way around": (lambda m, z: z.flip(1), 4, {}, {"first"}, "flip"),
     "sums over channels": (lambda m, z: z.cumsum(1), 4, {}, {"first"}, "cumsum"),
     "a norm over channels": (lambda m, z: F.normalize(z, dim=1), 4, {}, {"first"}, "vector_norm"),
+    "a norm in a branch of almost no weight": (
+        lambda m, z: z + m.scale * F.normalize(z, dim=1),
+        *(4, {"scale": lambda: nn.Parameter(torch.full((4, 1, 1), 1e-6))}, {"first"}, "norm"),
+    ),
     "the largest channel": (
         lambda m, z: z * torch.sigmoid(z.amax(1, keepdim=True)),
         *(4, {}, {"first"}, "amax"),
@@ -1420,6 +1424,57 @@ def test_what_cannot_go_is_left_out_with_its_name_and_never_wrong(way):
     small = remove_filters(model, {"second": [0, 2]}, data)
     with mask_filters(model, {"second": [0, 2]}, data):
         assert_close(small(data.tensors[0]), model(data.tensors[0]))
+
+
+class Disguised(nn.Module):
+    """A network, with something before or behind it that could hide what goes wrong inside."""
+
+    def __init__(self, inside, before=lambda x: x, behind=lambda y: y):
+        super().__init__()
+        self.inside, self.before, self.behind = inside, before, behind
+
+    def forward(self, x):
+        return self.behind(self.inside(self.before(x)))
+
+
+IMPOSSIBLE = torch.tensor([False, False, True])  # a class
+DISGUISES = {
+    "none": {},
+    "a class at -1e9": {"behind": lambda y: y.masked_fill(IMPOSSIBLE, -1e9)},
+    "a class far below the others": {"behind": lambda y: y - 1e9 * IMPOSSIBLE},
+    "a class at -inf": {"behind": lambda y: y.masked_fill(IMPOSSIBLE, -math.inf)},
+    "images in float32": {"before": lambda x: x.float()},
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_nothing_around_a_network_hides_that_a_removal_is_not_exact(disguise):
+    """Local response norm changes each value by 1e-5 only, which float32 alone would not tell."""
+    torch.manual_seed(0)
+    inside = Middle(lambda m, z: F.local_response_norm(3 * F.silu(z), 5), 8, 8)
+    model = Disguised(inside, **DISGUISES[disguise])
+    data = TensorDataset(torch.randn(5, 1, 8, 8), torch.randint(2, (5,)))
+    with pytest.warns(UserWarning, match=r"can't go: inside\.first \("):
+        assert list(filter_scores(model, data)) == ["inside.second"]
+    with pytest.raises(TypeError, match=r"^inside\.first can't lose these filters: "):
+        remove_filters(model, {"inside.first": [0, 3]}, data)
+
+
+def unpooled(m, z):
+    z, places = F.max_pool2d(F.silu(z), 2, return_indices=True)
+    return F.max_unpool2d(m.other(z), places, 2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [unpooled, lambda m, z: F.silu(z) * torch.sigmoid(m.other(z)).detach()],
+    ids=["by places in a pooling", "by a gate that is detached"],
+)
+def test_filters_that_only_go_together_are_left_out_where_the_graph_cannot_see_it(how):
+    torch.manual_seed(0)
+    model = Middle(how, 8, 8, other=conv(8, 8)).double()
+    with pytest.warns(UserWarning, match=r"can't go: .*\bfirst\b.*\("):
+        assert list(filter_scores(model, images_and_labels())) == ["second"]
 
 
 def test_a_depthwise_convolution_with_a_multiplier_loses_the_same_of_each_channel():
@@ -1512,6 +1567,31 @@ def test_to_remove_twice_is_to_remove_once(kind):
     assert_same(twice.state_dict(), once.state_dict())
     assert str(twice) == str(once)
     assert_same(twice(data.tensors[0]), once(data.tensors[0]))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_network_that_another_thread_uses_meanwhile_has_the_same_scores(sequential):
+    torch.manual_seed(0)
+    chain = nn.Sequential(conv(1, 4), nn.SiLU(), conv(4, 5), nn.Flatten(), nn.Linear(320, 3))
+    model = (chain if sequential else Middle(lambda m, z: F.silu(z))).double().eval()
+    data, over = images_and_labels(), threading.Event()
+    alone, right = filter_scores(model, data), model(data.tensors[0]).detach()
+    wrong = []
+
+    def serve():
+        while not over.is_set():
+            with torch.no_grad():
+                wrong.extend([] if model(data.tensors[0]).equal(right) else [1])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(10):
+            assert_same(filter_scores(model, data), alone)
+    finally:
+        over.set()
+        thread.join()
+    assert not wrong
 
 
 def test_two_threads_give_what_each_gives_alone_and_leave_nothing_behind():

@@ -21,6 +21,7 @@ from cnn_pruning.experiments import ranks
 from cnn_pruning.experiments.data import few_images
 from cnn_pruning.experiments.progress import progress
 from cnn_pruning.experiments.training import refresh_batch_norms
+from cnn_pruning.oracle import oracle
 
 FEW = settings(PROPERTY, max_examples=8)
 SIZES = st.integers(1, 5)
@@ -152,11 +153,34 @@ CALLS = {
     "cost is one on rank 0 and other on rank 1": lambda rank, data: evaluate(
         MODELS[rank], data, cost=[one, other][rank]
     ),
+    "cost is one on rank 0 and other": lambda rank, data: filter_scores(
+        MODELS[rank], data, cost=[one, other][rank]
+    ),
+    "cost is one on rank 0 and other on": lambda rank, data: oracle(
+        MODELS[rank], data, cost=[one, other][rank]
+    ),
+    "criterion is times.<locals>.criterion of [1] on rank 0": lambda rank, data: filter_scores(
+        MODELS[rank], data, times([1, 100][rank])
+    ),
+    "filters is {'0': 3, '3': 2} on rank 0 and {'3': 2}": lambda rank, data: filter_scores(
+        MODELS[rank], data, keep=[[], ["0"]][rank]
+    ),
     "make different calls": lambda rank, data: [evaluate, filter_scores][rank](MODELS[rank], data),
     "Rank 1 has stopped: nothing here": lambda rank, data: evaluate(
         MODELS[rank], data, cost=[one, raises][rank]
     ),
 }
+
+
+def times(factor):
+    def criterion(feature_map, gradient):
+        return factor * feature_map.mean(2)
+
+    return criterion
+
+
+def around(inside):
+    return lambda feature_map, gradient: inside(feature_map, gradient)
 
 
 def one(outputs, labels):
@@ -182,6 +206,15 @@ def test_what_ranks_do_otherwise_all_refuse_with_one_sentence(sentence):
     assert sentence in str(errors[0])
     clocks = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
     assert all(clock.finished.is_set() for clock in clocks)
+
+
+def test_functions_that_are_alike_are_the_same_on_all_ranks():
+    """Each rank has objects of its own, at other places in the memory."""
+    scores = on_all(
+        2, lambda rank: filter_scores(MODELS[rank], ranks.divide(images(4)), around(times(2)))
+    )
+    for name, values in scores[0].items():
+        assert values.equal(scores[1][name])
 
 
 def test_what_only_one_rank_may_do_the_others_leave():

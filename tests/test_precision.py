@@ -23,7 +23,7 @@ from cnn_pruning import (
     normalize,
     remove_filters,
 )
-from cnn_pruning.criteria import CRITERIA
+from cnn_pruning.criteria import CRITERIA, MeanOverExamples
 from cnn_pruning.iterative import prune_iteratively
 from cnn_pruning.oracle import oracle
 from cnn_pruning.scores import select_filters
@@ -212,3 +212,11 @@ def test_probabilities_are_told_from_logits_also_with_exact_zeros(dtype, sharp):
     for use in (lambda m: evaluate(m, data), lambda m: filter_scores(m, data)):
         with pytest.raises(ValueError, match="outputs are probabilities"):
             use(Probable())
+
+
+def test_the_mean_over_examples_is_summed_in_float64():
+    """2^24 + 1 is the first integer that float32 doesn't have."""
+    mean = MeanOverExamples(lambda z, _: z[..., 0])
+    mean.add({"layer": (torch.tensor([2.0**24, 1.0]).view(2, 1, 1), None)})
+    mean.add({"layer": (torch.tensor([1.0, 0.0]).view(2, 1, 1), None)})
+    assert mean.scores(nn.Identity(), TensorDataset(torch.zeros(4)))["layer"].item() == 2**22 + 0.5

@@ -75,6 +75,14 @@ def test_the_longer_the_training_the_less_it_matters_which_filters_went():
     assert interval(change, lengths.TESTS)[0] > 0
 
 
+def test_filters_by_weights_end_beside_taylors_and_ahead_on_eight_of_ten():
+    rows = TABLE[(TABLE.share == 0.25) & TABLE.length.isin((1, 5, 10))]
+    accuracy = 100 * rows.pivot(index="seed", columns=["method", "length"], values="test_accuracy")
+    gaps = accuracy[lengths.TAYLOR] - accuracy[lengths.WEIGHT]
+    assert gaps.mean().abs().max() < 0.2
+    assert (gaps[10] < 0).sum() == 8
+
+
 def test_from_scratch_with_as_many_epochs_no_difference_is_shown():
     for length in (1, 5, 10):
         low, high = interval(TESTED[lengths.SAME_EPOCHS, length], lengths.TESTS)

@@ -263,6 +263,12 @@ def alone():
             lambda: steps(divide(TRAIN), VAL, rescore=nothing if mine else normalized, updates=0)
         ),
         "updates": refused(lambda: steps(divide(TRAIN), VAL, updates=2 + mine)),
+        "cost ": refused(lambda: steps(divide(TRAIN), VAL, cost=cost if mine else None)),
+        "keep": refused(lambda: steps(divide(TRAIN), VAL, keep=["none"] if mine else [])),
+        "per_step": refused(lambda: steps(divide(TRAIN), VAL, per_step=1 + mine)),
+        "no picture": refused(
+            lambda: fitted(divide(TRAIN), VAL, trained, on_epoch=no_picture if mine else print)
+        ),
         "lr ": refused(lambda: steps(divide(TRAIN), VAL, lr=1e-3 * (1 + mine))),
         "epochs": refused(lambda: fitted(divide(TRAIN), VAL, epochs=1 + mine)),
         "lr": refused(lambda: fitted(divide(TRAIN), VAL, lr=1e-3 * (1 + mine))),
@@ -312,6 +318,10 @@ def alone():
     }
     assert_same(state_of(broken) | {"random": None}, before | {"random": None})
     return found
+
+
+def no_picture(row):
+    raise ValueError("There is no picture.")
 
 
 def late():
@@ -540,6 +550,11 @@ def test_a_rank_that_dies_ends_the_training_of_the_others_with_their_weights_res
         said = torch.load(file)
         assert said.startswith("This process can't go on with the other ranks")
         assert "\n" not in said
+
+
+def test_a_rank_that_runs_out_of_memory_where_they_meet_says_that():
+    with pytest.raises(torch.OutOfMemoryError), ranks.meeting():
+        raise torch.OutOfMemoryError
 
 
 def test_one_process_has_nothing_to_share():

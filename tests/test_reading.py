@@ -471,6 +471,14 @@ REFUSED = {
         lambda m, x: m.head(flatten(torch.feature_dropout(maps(m, x), p=0.5, train=True))),
         r"training=self\.training",
     ),
+    "random numbers in evaluation": (
+        lambda m, x: m.head(flatten(m.second(m.first(x) + torch.randn_like(x).mean()))),
+        r"draws random numbers in evaluation, too \(randn_like\)",
+    ),
+    "random numbers drawn in place": (
+        lambda m, x: m.head(flatten(m.second(m.first(x) * x.new_empty(1).uniform_()))),
+        r"draws random numbers in evaluation, too \(uniform_\)",
+    ),
     "values chosen by a condition": (
         lambda m, x: m.head(flatten(m.second(m.first(x)))) * x[x > 0].mean(),
         "depends on values that it computes",

@@ -262,14 +262,44 @@ def test_a_path_that_is_another_one_in_an_address_is_refused_at_once(tmp_path, n
     assert list(tmp_path.rglob("*")) == [folder]
 
 
+def test_a_question_mark_in_the_name_of_the_file_is_refused_too(tmp_path):
+    uri = f"sqlite:///{tmp_path.as_posix()}/what?.db"
+    with place(tmp_path, uri), pytest.raises(ValueError, match=r"can't hold the % or \?"):
+        tracking.connect()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
-    "uri", ["http://me:s3cret@127.0.0.1:9", "postgresql://me:s3cret@nowhere/x"]
+    ("uri", "rest"),
+    [
+        ("http://me:s3cret@127.0.0.1:9", "127.0.0.1:9"),
+        ("http://me:a/s3cret@127.0.0.1:9", "127.0.0.1:9"),
+        ("postgresql://me:s3cret@nowhere/x", "nowhere/x"),
+        ("postgresql://me:a/s3cret@nowhere/x", "nowhere/x"),
+        ("postgresql://nowhere/x?user=me&password=s3cret&port=1", "port=1"),
+    ],
 )
-def test_no_sentence_tells_a_password(tmp_path, uri):
+def test_no_sentence_tells_a_password(tmp_path, uri, rest):
     with place(tmp_path, uri), pytest.raises((ConnectionError, ValueError)) as error:
         tracking.connect()
     shown = "".join(traceback.format_exception(error.value))
-    assert "s3cret" not in shown and uri.rpartition("@")[2] in shown
+    assert "s3cret" not in shown and rest in shown
+
+
+@pytest.mark.parametrize("place", ["http://host:5000/a@b", "sqlite:////home/a@b/mlflow.db"])
+def test_an_at_sign_in_a_path_is_no_password(place):
+    assert tracking._shown(place) == place
+
+
+def test_a_login_goes_to_its_own_server_only(server, tmp_path):
+    with gate(server[0]) as first, gate(server[0]) as second, place(tmp_path):
+        for uri in (first.uri.replace("http://", "http://me:secret@"), second.uri):
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+            tracking.connect()
+        assert len(first.logins) == 1 and second.logins <= {None, ""}
+        os.environ["MLFLOW_TRACKING_USERNAME"] = "mine"  # set by the user, it stays
+        tracking.connect()
+        assert os.environ["MLFLOW_TRACKING_USERNAME"] == "mine"
 
 
 def test_a_password_in_the_address_reaches_the_server_and_is_shown_nowhere(server, tmp_path, capfd):
@@ -424,6 +454,19 @@ def test_an_interrupt_that_is_caught_inside_leaves_the_outer_run_finished(store)
             raise KeyboardInterrupt
         assert mlflow.active_run().info.run_id == outer.info.run_id
     assert (status(outer.info.run_id), status(inner.info.run_id)) == ("FINISHED", "KILLED")
+
+
+def test_runs_of_ones_own_inside_do_not_keep_a_run_from_ending_nor_end_another(store):
+    with tracking.run("outer") as outer:
+        with tracking.run("ours") as ours:
+            mlflow.start_run(nested=True)
+        assert status(ours.info.run_id) == "FINISHED"
+        mlflow.end_run()
+        mlflow.end_run()
+        with tracking.run("ended", outer.info.run_id) as ended:
+            mlflow.end_run()
+        assert status(ended.info.run_id) == "FINISHED"
+        assert status(outer.info.run_id) == "RUNNING"
 
 
 def test_a_run_stands_under_the_active_run_or_under_the_one_named(store):
@@ -597,8 +640,11 @@ def test_a_run_that_ended_before_its_process_died_stays_as_it_ended(store, share
         pass
     left = shared[0] / "mlflow.db.running" / f"{finished.data.tags[tracking.LOCK]}.alive"
     left.touch()
+    half = left.with_suffix("") / "tmp" / "half"
+    half.mkdir(parents=True)
     tracking.connect()
     assert status(finished.info.run_id) == "FINISHED" and not left.exists()
+    assert not half.parent.parent.exists()
 
 
 @pytest.mark.parametrize("lock", ["{}.gone", "999999.gone"])

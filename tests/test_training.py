@@ -1,4 +1,5 @@
 import copy
+import math
 from itertools import chain
 
 import pytest
@@ -369,6 +370,60 @@ def test_a_loss_that_is_no_longer_finite_is_an_error(batch_size):
     with pytest.raises(FloatingPointError, match=r"epoch 1.*1e\+30"):
         fit(model, data, data, epochs=1, batch_size=batch_size, lr=1e30)
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm2d(4, affine=False), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)],
+    ids=["a batch norm without weights", "an instance norm"],
+)
+def test_other_norms_with_statistics_can_be_frozen_as_well(norm):
+    torch.manual_seed(0)
+    norm = copy.deepcopy(norm).requires_grad_(False)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+    )
+    data = TensorDataset(torch.rand(12, 1, 8, 8), torch.arange(12) % 3)
+    norm.eval()
+    fit(model, data, data, epochs=1, batch_size=6)
+    refresh_batch_norms(model, data)
+    assert (norm.running_mean == 0).all() and model[4].running_mean.any()
+    norm.train()
+    fit(model, data, data, epochs=1, batch_size=6)
+    assert norm.running_mean.any()
+
+
+def test_a_norm_of_which_a_part_is_trained_is_not_frozen():
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+    )
+    model[1].eval().weight.requires_grad_(False)
+    data = TensorDataset(torch.rand(12, 1, 8, 8), torch.arange(12) % 3)
+    fit(model, data, data, epochs=1, batch_size=6)
+    assert model[1].running_mean.any()
+
+
+def test_a_whole_network_in_evaluation_mode_learns_the_statistics_of_norms_without_weights():
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+    )
+    data = TensorDataset(torch.rand(12, 1, 8, 8), torch.arange(12) % 3)
+    fit(model.eval(), data, data, epochs=1, batch_size=6)
+    assert model[1].running_mean.any()
+
+
+def test_of_one_output_there_is_no_accuracy():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1))
+    data = TensorDataset(torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 0, 1]))
+
+    def cost(outputs, labels):
+        return (outputs[:, 0] - labels).square()
+
+    loss, accuracy = evaluate(model, data, cost=cost)
+    assert math.isfinite(loss) and math.isnan(accuracy)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -104,14 +105,16 @@ def own(data: Dataset) -> Dataset:
 
 
 def agree(data: Dataset, **settings: object) -> None:
-    """Raise ``Refused`` if the ranks that share ``data`` differ in a setting, or in the name of one
-    that is a function.
+    """Raise ``Refused`` if the ranks that share ``data`` differ in a setting. Of one that is a
+    function, name and closure are compared.
     """
 
     def word(value: object) -> str:
-        if callable(value):
-            return getattr(value, "__qualname__", type(value).__qualname__)
-        return repr(sorted(value) if isinstance(value, set | frozenset) else value)
+        said = repr(sorted(value) if isinstance(value, set | frozenset) else value)
+        if hasattr(value, "__qualname__"):
+            closed = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+            said = f"{value.__qualname__} of {closed}" if closed else value.__qualname__
+        return re.sub(" at 0x[0-9a-f]+", "", said)  # each process has its own addresses
 
     if not isinstance(data, Shared):
         return
@@ -239,6 +242,8 @@ def meeting() -> Iterator[None]:
     word.start()
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankLost(
             f"This process can't go on with the other ranks, and stops ({first_line(error)})."

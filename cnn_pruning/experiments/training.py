@@ -34,6 +34,7 @@ from cnn_pruning.network.passes import (
 )
 
 Row = dict[str, int | float]
+WITH_STATISTICS = nn.modules.batchnorm._NormBase
 
 
 @torch.no_grad()
@@ -66,7 +67,8 @@ def evaluate(
 
 def _correct(outputs: object, labels: object) -> float:
     tensors = isinstance(outputs, Tensor) and isinstance(labels, Tensor)
-    if tensors and outputs.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point():
+    classes = tensors and outputs.dim() == 2 and outputs.shape[1] > 1
+    if classes and labels.dim() == 1 and not labels.is_floating_point():
         return (outputs.argmax(1) == labels).sum().item()
     return math.nan
 
@@ -152,8 +154,9 @@ def fit(
                     "val_accuracy": val_accuracy,
                 }
                 history.append(row)
-                if on_epoch is not None:
-                    on_epoch(dict(row))
+                with ranks.all_or_none(network):
+                    if on_epoch is not None:
+                        on_epoch(dict(row))
         except Exception:
             model.load_state_dict(before)
             raise
@@ -218,9 +221,10 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
 
 def _frozen_norms(model: nn.Module) -> list[nn.Module]:
     """Batch norms as recipes for transfer learning freeze them, also in evaluation mode."""
-    norms = (m for m in model.modules() if isinstance(m, BATCH_NORM) and not m.training)
-    weights = ((norm, [*norm.parameters()]) for norm in norms)
-    return [norm for norm, own in weights if own and not any(p.requires_grad for p in own)]
+    norms = (m for m in model.modules() if isinstance(m, WITH_STATISTICS) and not m.training)
+    weights = ((norm, [p.requires_grad for p in norm.parameters()]) for norm in norms)
+    # Of one without weights, only that the network around it trains says that it was frozen.
+    return [norm for norm, own in weights if not any(own) and (own or model.training)]
 
 
 @torch.no_grad()

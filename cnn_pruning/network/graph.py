@@ -40,6 +40,10 @@ HARMLESS = set(
     bernoulli native_batch_norm cudnn_batch_norm t alias""".split()
 )
 BY_VALUE = ("__bool__", "__int__", "__float__", "item", "nonzero", "nms", "masked_select")
+DRAWS = set(
+    """rand randn randint randperm normal bernoulli multinomial rand_like randn_like randint_like
+    normal_ uniform_ exponential_ bernoulli_ random_""".split()
+)
 
 
 class _Obstacle(Exception):
@@ -128,8 +132,8 @@ def _layers_used(network: nn.Module, images: Inputs, training: bool) -> dict[str
 
 
 class _Makers(TorchFunctionMode):
-    """Notes on each tensor what function, but dropout, made it. In evaluation, dropout and what
-    depends on the values in a tensor are errors: other images might take another way.
+    """Notes on each tensor what function, but dropout, made it. In evaluation, random numbers and
+    what depends on the values in a tensor are errors: other images might take another way.
     """
 
     def __init__(self, training: bool) -> None:
@@ -144,6 +148,11 @@ class _Makers(TorchFunctionMode):
             raise UnreadableError(
                 "The network's forward depends on values that it computes (an if on a tensor, or "
                 f"{name.strip('_')}), so it can't be read from a few images."
+            )
+        if name in DRAWS and not self.training:
+            raise UnreadableError(
+                f"The network's forward draws random numbers in evaluation, too ({name}), so that "
+                "no score would be the same twice: draw if self.training only."
             )
         if "dropout" in name:
             given = {"train": args[2] if len(args) > 2 else False, **(kwargs or {})}

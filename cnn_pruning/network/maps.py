@@ -9,6 +9,7 @@ that takes the map, so that zero stays zero.
 A map is what was there before any pooling or flattening on the way to that layer.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -146,12 +147,12 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         for part in group.side("in"):
             takers.setdefault(model.get_submodule(part.name), {})[name] = part
     forks: dict[int, tuple[Tensor, int, Tensor]] = {}  # of one pass
-    pooling = _Pooling()
+    pooling, thread = _Pooling(), threading.get_ident()
 
     def look(taker: nn.Module, inputs: tuple) -> tuple | None:
         """``act`` sees the map that ``taker`` takes, as it was before any pooling."""
-        if taker not in takers:  # a copy that was made meanwhile
-            return None
+        if taker not in takers or threading.get_ident() != thread:
+            return None  # of a copy that was made meanwhile, or of another thread's pass
         if not inputs:
             names = ", ".join(takers[taker])
             raise UnreadableError(f"The maps of {names} are handed on by keyword: use a position.")
@@ -172,7 +173,7 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         return fork, *rest
 
     def clear(module: nn.Module, *_: object) -> None:
-        if module is model:
+        if module is model and threading.get_ident() == thread:
             forks.clear()
 
     look.of_pruning = clear.of_pruning = True

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator
 def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) -> Figure:
     """Mean test accuracy (%) against epochs after the removal: a panel a size, a line a method.
 
-    ``table`` is that of ``long_runs/lengths.py``. Small numbers say on how many baselines the first
+    ``table`` is that of ``long_runs/lengths.py``. Numbers say on how many baselines the first
     method is ahead of the second.
     """
     pruned = table[table.method.isin(methods)].assign(accuracy=100 * table.test_accuracy)
@@ -30,12 +30,13 @@ def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) 
         )
         for length in first:
             count = f"{(first[length] > second[length]).sum()} of {len(first)}"
-            place = (length, first[length].mean())
-            axis.annotate(count, place, (0, 5), textcoords="offset points", ha="center")
+            place = (length, second[length].mean())
+            axis.annotate(count, place, (0, -7), textcoords="offset points", ha="center", va="top")
         axis.axhline(start, color=INK, lw=0.8, ls=":")
         axis.set(xscale="log", ylabel="test accuracy (%)")
+        axis.margins(y=0.12)  # room for the numbers
         ahead = " ahead of ".join(NAMES.get(each, each) for each in methods[:2])
-        said = f"{share:.0%} of the multiply-adds left. Small numbers: {ahead}"
+        said = f"{100 * share:g} % of the multiply-adds left. Numbers: {ahead}"
         axis.set_title(said, size=10)
     lengths = sorted(pruned.length.unique())
     axes[-1, 0].set_xlabel("epochs of training after the removal")

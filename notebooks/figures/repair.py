@@ -112,7 +112,7 @@ def accuracy_by_stage(
             line = look(method)
             axis.plot(x, accuracy.T, color=line["color"], lw=0.6, alpha=0.5)
             axis.plot(x, accuracy.mean(0), lw=2.5, label=method, **line)
-        axis.axhline(whole, color=INK, lw=1, ls=":")
+        axis.plot((-0.15, len(stages) - 1), (whole, whole), color=INK, lw=1, ls=":")
         axis.text(0, whole, "the whole network", ha="left", va="bottom")
         axis.set(ylabel="test accuracy (%)", xlim=(-0.15, 1.35 * (len(stages) - 1)))
         axis.set_title(name, size=10)
