@@ -1386,7 +1386,7 @@ LEFT_OUT = {
     "a norm over channels": (lambda m, z: F.normalize(z, dim=1), 4, {}, {"first"}, "vector_norm"),
     "a norm in a branch of almost no weight": (
         lambda m, z: z + m.scale * F.normalize(z, dim=1),
-        *(4, {"scale": lambda: nn.Parameter(torch.full((4, 1, 1), 1e-6))}, {"first"}, "norm"),
+        *(4, {"scale": lambda: nn.Parameter(1e-9 * (1 + torch.rand(4, 1, 1)))}, {"first"}, "norm"),
     ),
     "the largest channel": (
         lambda m, z: z * torch.sigmoid(z.amax(1, keepdim=True)),
