@@ -22,7 +22,7 @@ def numbers(pattern, number):
 
 def test_without_seven_filters_taylor_keeps_more_than_the_best_random_order():
     pattern = (
-        rf"Taylor {NUMBER}%, weight {NUMBER}%,\nrandom {NUMBER}% \(from {NUMBER}% to {NUMBER}%"
+        rf"Taylor {NUMBER}%, weights {NUMBER}%,\nrandom {NUMBER}% \(from {NUMBER}% to {NUMBER}%"
     )
     taylor, weight, mean, _, best = numbers(pattern, "04")
     assert taylor > best, "the title says that it matters which filters go"

@@ -75,16 +75,16 @@ def only_exact(network: Network) -> Network:
 
 
 def _half_of_each(filters: dict[str, int]) -> Filters:
-    """Half of the filters of each group, for groups of one size not the same: if two could only go
-    together, and that wasn't read, the trial would not notice it otherwise.
+    """Half of the filters of each group; for groups of one size, where that can be, not the same: a
+    trial would not notice otherwise that two can only go together. Filter 0 goes and the last one
+    stays, so that no half is the same from behind.
     """
     generator = torch.Generator().manual_seed(0)
     taken: Filters = {}
     for name, count in filters.items():
-        for _ in range(20 if count > 1 else 0):  # of two filters, say, there are two halves only
-            taken[name] = (
-                torch.randperm(count, generator=generator)[: count // 2].sort()[0].tolist()
-            )
+        for _ in range(20 if count > 1 else 0):
+            inner = torch.randperm(max(count - 2, 0), generator=generator) + 1
+            taken[name] = [0, *sorted(inner[: count // 2 - 1].tolist())]
             if [filters[n] for n in taken if taken[n] == taken[name]].count(count) == 1:
                 break
     return taken
