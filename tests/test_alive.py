@@ -22,29 +22,6 @@ from cnn_pruning.alive import (
 )
 from cnn_pruning.experiments import paths
 
-
-class Thing:
-    """What can have a weak reference."""
-
-
-def test_an_interrupt_that_python_ignores_comes_again_where_its_signal_is_ignored_since():
-    def once(number, frame):
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, once)
-    try:
-        with pytest.raises(KeyboardInterrupt), signals_interrupt():
-            thing = Thing()
-            reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-            del thing
-            assert reference() is None
-            for _ in range(200):
-                time.sleep(0.01)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 ERRORS = [ValueError, KeyboardInterrupt]
 
 
@@ -253,3 +230,25 @@ def test_the_alarm_of_another_is_left_to_it():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+class Thing:
+    """What can have a weak reference."""
+
+
+def test_an_interrupt_that_python_ignores_comes_again_where_its_signal_is_ignored_since():
+    def once(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, once)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_interrupt():
+            thing = Thing()
+            reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            del thing
+            assert reference() is None
+            for _ in range(200):
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -179,8 +179,8 @@ def times(factor):
     return criterion
 
 
-def around(inside):
-    return lambda feature_map, gradient: inside(feature_map, gradient)
+def around(inside, device):
+    return lambda feature_map, gradient: (inside(feature_map, gradient), device)[0]
 
 
 def one(outputs, labels):
@@ -209,9 +209,12 @@ def test_what_ranks_do_otherwise_all_refuse_with_one_sentence(sentence):
 
 
 def test_functions_that_are_alike_are_the_same_on_all_ranks():
-    """Each rank has objects of its own, at other places in the memory."""
+    """Each rank has objects of its own, at other places in the memory, and a GPU of its own."""
     scores = on_all(
-        2, lambda rank: filter_scores(MODELS[rank], ranks.divide(images(4)), around(times(2)))
+        2,
+        lambda rank: filter_scores(
+            MODELS[rank], ranks.divide(images(4)), around(times(2), torch.device("cuda", rank))
+        ),
     )
     for name, values in scores[0].items():
         assert values.equal(scores[1][name])

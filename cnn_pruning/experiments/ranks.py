@@ -114,7 +114,8 @@ def agree(data: Dataset, **settings: object) -> None:
         if hasattr(value, "__qualname__"):
             closed = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
             said = f"{value.__qualname__} of {closed}" if closed else value.__qualname__
-        return re.sub(" at 0x[0-9a-f]+", "", said)  # each process has its own addresses
+        # Each process has its own addresses, and its own GPU.
+        return re.sub("(?<=cuda):[0-9]+|, index=[0-9]+| at 0x[0-9a-f]+", "", said)
 
     if not isinstance(data, Shared):
         return

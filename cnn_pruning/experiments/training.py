@@ -220,7 +220,7 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def _frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """Batch norms as recipes for transfer learning freeze them, also in evaluation mode."""
+    """Norms with statistics that are frozen as in transfer learning, in evaluation mode, too."""
     norms = (m for m in model.modules() if isinstance(m, WITH_STATISTICS) and not m.training)
     weights = ((norm, [p.requires_grad for p in norm.parameters()]) for norm in norms)
     # Of one without weights, only that the network around it trains says that it was frozen.

@@ -82,10 +82,11 @@ def _half_of_each(filters: dict[str, int]) -> Filters:
     generator = torch.Generator().manual_seed(0)
     taken: Filters = {}
     for name, count in filters.items():
-        for _ in range(20 if count > 1 else 0):
-            inner = torch.randperm(max(count - 2, 0), generator=generator) + 1
+        others = [half for other, half in taken.items() if filters[other] == count]
+        for _ in range(20 * (count > 1)):  # of few filters there are few halves
+            inner = torch.randperm(count - 2, generator=generator) + 1
             taken[name] = [0, *sorted(inner[: count // 2 - 1].tolist())]
-            if [filters[n] for n in taken if taken[n] == taken[name]].count(count) == 1:
+            if taken[name] not in others:
                 break
     return taken
 

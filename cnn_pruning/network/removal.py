@@ -53,7 +53,6 @@ def _renumbered(group: Group, gone: list[int], kept: dict[tuple, Tensor]) -> Gro
 
 def _cut(model: nn.Module, name: str, side: str, axis: int, lost: Tensor) -> Tensor:
     """Cut the channels ``lost`` out of a layer or parameter; return those that are left."""
-
     parent, _, last = name.rpartition(".")
     layer = model.get_submodule(name if side else parent)
     size = getattr(layer, size_name(layer, side)) if side else getattr(layer, last).shape[axis]

@@ -123,7 +123,7 @@ METHOD_LOOKS = {  # of the residual network's methods: what ``plots.look`` draws
     "weight": "weight",
     "Torch-Pruning's Taylor": "obd",
     "Torch-Pruning's magnitude": "apoz",
-    "random, same widths": "random, same layers",
+    "random, same layers": "random, same layers",
     "random": "random",
 }
 
@@ -141,7 +141,7 @@ def slopes(sizes: Mapping[float, pd.DataFrame], title: str) -> Figure:
             axis.plot(
                 range(len(STAGES)),
                 means.loc[method],
-                label=method.replace("same widths", "same layers"),
+                label=method,
                 **look(like),
             )
         axis.set(ylabel="validation accuracy (%)", title=f"{share:.0%} of the multiply-adds")

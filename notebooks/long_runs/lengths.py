@@ -2,7 +2,7 @@
 
     uv run python notebooks/long_runs/lengths.py
 
-takes about four hours on two cores. Each of ten baselines loses filters at once, down to three
+takes some fourteen hours of one core. Each of ten baselines loses filters at once, down to three
 shares of its multiply-adds: those with the lowest Taylor scores, those with the smallest weights,
 or random ones, as many of each layer as Taylor takes. Each network is then fine-tuned for several
 lengths, and each length is a schedule of its own, with a learning rate that falls linearly from
