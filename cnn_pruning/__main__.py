@@ -134,11 +134,9 @@ def prune_step_by_step(
     model = remove_filters(model, {})
     steps = prune_iteratively(model, train, val, filters=left, **schedule, **training)
     for number, step in enumerate(steps, start=1):
-        model = step.model
+        model, removed = step.model, step.gone
         gone.append(whole - step.filters)
         percent.append(100 * step.val_accuracy)
-        for layer, filters in step.removed.items():
-            removed.setdefault(layer, []).extend(filters)
         names = ("val_loss", "val_accuracy", "filters", "parameters", "macs")
         tracking.log_metrics({name: getattr(step, name) for name in names}, number)
     if ranks.is_first():
@@ -223,9 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (FloatingPointError, ranks.RankLost, tracking.NotRecorded) as error:
         ranks.say(str(error))
         return 1
-    except BrokenPipeError:  # who reads has enough, as `head`; Python would flush once more
+    except OSError as error:  # of what is printed; Python would flush it once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as shells have it
+        if isinstance(error, BrokenPipeError):  # who reads has enough, as `head`
+            return 141  # as shells have it
+        ranks.say(f"The output can't be written ({error}).")
+        return 1
     ranks.stop()
     return 0
 

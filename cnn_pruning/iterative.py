@@ -22,7 +22,15 @@ from cnn_pruning.network.maps import Seen, on_feature_maps, side_by_side, with_g
 from cnn_pruning.network.passes import Cost, Inputs, copy_of
 from cnn_pruning.network.reading import check_keep
 from cnn_pruning.network.removal import remove
-from cnn_pruning.scores import ByLayer, Filters, Scores, normalize, select_filters, spare_filters
+from cnn_pruning.scores import (
+    ByLayer,
+    Filters,
+    Scores,
+    in_filters,
+    normalize,
+    select_filters,
+    spare_filters,
+)
 
 Rescore = Callable[[nn.Module, Scores], Scores]
 """(network as it is now, its scores) to the scores that are compared."""
@@ -68,6 +76,7 @@ def prune_iteratively(
     seed: int = 0,
     cost: Cost | None = None,
     max_share: float = 1.0,
+    multiple_of: ByLayer = 1,
     linear: bool = False,
 ) -> Iterator[Step]:
     """Alternate ``updates`` of training with removing the ``per_step`` lowest filters.
@@ -88,9 +97,10 @@ def prune_iteratively(
     passes of these updates, in training mode, as in the paper, at no extra cost. Otherwise, or
     without updates, they are scored on all of ``train`` after the updates. What is compared is
     ``rescore(network, scores)``: normalized scores, unless you want to subtract a cost, to compute
-    other scores, or to leave out layers that may lose nothing at this step. ``min_filters`` and
-    ``max_share`` are those of ``select_filters``; ``keep``, ``cost`` and ``linear`` those of
-    ``filter_scores``.
+    other scores, or to leave out layers that may lose nothing at this step. ``min_filters``,
+    ``max_share`` and ``multiple_of`` are as in ``TaylorPruner``; ``keep``, ``cost`` and ``linear``
+    as in ``filter_scores``. With ``multiple_of``, a step takes the ``per_step`` lowest, or as many
+    more as it takes until a layer can lose some, and what a layer keeps is a multiple.
 
     A network that isn't a Sequential is tried out once, before the first step: that each group can
     lose filters exactly. The steps rely on that.
@@ -109,22 +119,21 @@ def prune_iteratively(
         updates = integer("updates", updates, 0)
         _, lr, seed = training.check_settings(1, lr, seed)
         check_function("rescore", rescore, "network", "scores")
-        targets = {"filters": filters, "parameters": parameters, "macs": macs}
-        schedule = {"updates": updates, "per_step": per_step, "lr": lr}
-        bounds = {"min_filters": min_filters, "max_share": max_share, "linear": linear}
-        ranks.agree(
-            train, criterion=criterion, cost=cost, keep=keep, **targets, **schedule, **bounds
-        )
+        targets = dict(filters=filters, parameters=parameters, macs=macs, milliseconds=milliseconds)
+        bounds = {"min_filters": min_filters, "max_share": max_share, "multiple_of": multiple_of}
+        others = {"updates": updates, "per_step": per_step, "lr": lr, "linear": linear}
+        ranks.agree(train, criterion=criterion, cost=cost, keep=keep, **targets, **bounds, **others)
         criteria.find(criterion)
         check_keep(model, keep)
         network, images = scorable(model, train, linear=linear), few_images(train, 1)
         kept_whole = network.names_of(keep)
         found = criteria.find(criterion, network, cost)
         on_the_way = found if updates and found not in criteria.WHOLE else None
-        spare = spare_filters(network.filters(), min_filters, kept_whole, max_share)
+        bounds["multiple_of"] = in_filters(multiple_of, network)
+        spare = spare_filters(network.filters(), keep=kept_whole, **bounds)
         # What each layer keeps, in filters of the network that was handed in
         least = {name: count - spare[name] for name, count in network.filters().items()}
-        budget = Budget(network, images, milliseconds=milliseconds, **targets)
+        budget = Budget(network, images, **targets)
         budget.check(remove(network, {name: list(range(count)) for name, count in spare.items()}))
         loss, _ = training.evaluate(model, val, cost=cost)
         if not math.isfinite(loss):
@@ -153,9 +162,7 @@ def prune_iteratively(
                 room = sum(spare_filters(network.filters(), least).values())
                 left = sum(network.filters().values()) - filters if filters else room
                 most = min(per_step, room, left)
-                rescored = scores if isinstance(scores, dict) else ()
-                limits = {name: fewest for name, fewest in least.items() if name in rescored}
-                chosen = network.checked(select_filters(scores, most, limits))
+                chosen = network.checked(_lowest(scores, most, least, bounds["multiple_of"]))
             # Those of one rank, whatever rescore does on each
             chosen = ranks.gathered(train, network.model, chosen)[0]
             network = remove(network, chosen)
@@ -165,7 +172,7 @@ def prune_iteratively(
                 name: [k for k in indices if k not in removed[name]]
                 for name, indices in kept.items()
             }
-            for _ in range(most):
+            for _ in chain(*chosen.values()):
                 advance()
             val_loss, val_accuracy = training.evaluate(network.model, val, cost=cost)
             yield Step(
@@ -179,6 +186,16 @@ def prune_iteratively(
                 val_loss=val_loss,
                 val_accuracy=val_accuracy,
             )
+
+
+def _lowest(scores: Scores, most: int, least: dict[str, int], multiples: dict[str, int]) -> Filters:
+    """The ``most`` lowest filters, or as many more as it takes until a layer can lose some."""
+    scored = scores if isinstance(scores, dict) else ()
+    least, multiples = ({n: k for n, k in by.items() if n in scored} for by in (least, multiples))
+    for n in count(most):
+        chosen = select_filters(scores, n, least, multiple_of=multiples)
+        if any(chosen.values()):
+            return chosen
 
 
 def _train(

@@ -88,16 +88,15 @@ def filter_costs(
     ``filters`` how many there are and ``channels`` how many channels of the first layer;
     ``parameters`` and ``macs`` are what the network loses with one filter, as it is now. The last
     two change as others go. ``data`` and ``linear`` are as in ``filter_scores``, and so is what is
-    left out; a Sequential is read without ``data``, and its multiply-adds are 0 then, unless it is
-    a ``CNN``.
+    left out. A ``CNN`` needs no ``data``.
+
+    Raises ``TypeError`` and ``ValueError`` as ``filter_scores`` and ``count_macs`` do.
     """
     network, rows = scorable(model, data, linear=linear), []
     images = few_images(data)
 
     def size(network: Network) -> tuple[int, int]:
-        known = images is not None or isinstance(network.model, CNN)
-        macs = count_macs(network.model, images) if known else 0
-        return count_parameters(network.model), macs
+        return count_parameters(network.model), count_macs(network.model, images)
 
     whole = size(network)
     for name, group in network.groups.items():
@@ -228,8 +227,8 @@ def _images(
         return on_device(batch, device_of(model))
     if not isinstance(image_shape, tuple | list):
         raise ValueError(
-            "image_shape must be (channels, height, width) of the network's images, (3, 32, 32) "
-            f"for example, but it is {shown(image_shape)}."
+            "The size of the network's images must be known: image_shape must be (channels, "
+            f"height, width), (3, 32, 32) for example, or images, but it is {shown(image_shape)}."
         )
     sizes = [integer("image_shape", size, 1) for size in image_shape]
     batch_size = integer("batch_size", batch_size, 1)

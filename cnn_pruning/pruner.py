@@ -1,9 +1,8 @@
 """Score the filters of a network, mask them, remove them: the method, step by step."""
 
-import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -19,7 +18,7 @@ from cnn_pruning.network.maps import on_feature_maps, zero
 from cnn_pruning.network.passes import Cost, Inputs
 from cnn_pruning.network.reading import UnknownLayer, check_keep, exact_removal, read
 from cnn_pruning.network.removal import remove
-from cnn_pruning.scores import ByLayer, Filters, Scores, by_layer, select_filters, spare_filters
+from cnn_pruning.scores import ByLayer, Filters, Scores, in_filters, select_filters, spare_filters
 from cnn_pruning.scores import normalize as normalized
 
 
@@ -146,10 +145,8 @@ class TaylorPruner:
         criteria.find(self.criterion)
         check_keep(self.model, self.keep)
         self.keep = names_of(self.keep)
-        try:
-            self._check(read(self.model))
-        except UnknownLayer:  # it is read from images, by ``score``
-            pass
+        with suppress(UnknownLayer):  # it is read from images, by ``score``
+            self._spare(read(self.model))
 
     def score(self, data: Dataset, batch_size: int = 128) -> Scores:
         """Score every filter on ``data``; keep the scores and return them.
@@ -157,17 +154,15 @@ class TaylorPruner:
         Raises as ``filter_scores`` does; the scores from before are kept then.
         """
         network = scorable(self.model, data, linear=self.linear)
-        self._check(network)
+        self._spare(network)  # raises, before minutes of scoring
         self.scores = criteria.score(network, data, self.criterion, batch_size, self.cost)
         self.network, self.images = network, few_images(data, 1)
         return self.scores
 
-    def _check(self, network: Network) -> None:
-        criteria.find(self.criterion, network, self.cost)
-        self._spare(network)
-        by_layer("multiple_of", self.multiple_of, network.filters())
-
     def _spare(self, network: Network) -> dict[str, int]:
+        """How many filters each group can lose; raise if the settings aren't for ``network``."""
+        criteria.find(self.criterion, network, self.cost)
+        in_filters(self.multiple_of, network)
         kept = network.names_of(self.keep)
         return spare_filters(network.filters(), self.min_filters, kept, self.max_share)
 
@@ -184,10 +179,7 @@ class TaylorPruner:
         if self.scores is None:
             raise RuntimeError("There are no scores yet: call score(data) first.")
         compared = normalized(self.scores) if self.normalize else self.scores
-        multiples = by_layer("multiple_of", self.multiple_of, compared)
-        for name, multiple in multiples.items():
-            group = self.network.groups[name]
-            multiples[name] = multiple // math.gcd(multiple, group.channels() // group.filters)
+        multiples = in_filters(self.multiple_of, self.network)
 
         def lowest(count: int) -> Filters:
             kept = self.network.names_of(self.keep)
@@ -203,11 +195,9 @@ class TaylorPruner:
             wanted = Budget(self.network, self.images, **budget)
             n = sum(self._spare(self.network).values())
             wanted.check(remove(self.network, lowest(n)))
-
-            def small_enough(count: int) -> bool:
-                return wanted.holds(remove(self.network, lowest(count)))
-
-            n = bisect_left(range(n), True, key=small_enough)
+            n = bisect_left(
+                range(n), True, key=lambda count: wanted.holds(remove(self.network, lowest(count)))
+            )
         return lowest(n)
 
     def prune(self, n: int | None = None, **budget: float) -> nn.Module:

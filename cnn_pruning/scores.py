@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cnn_pruning.network.checks import integer, kind_of, shown
-from cnn_pruning.network.description import Filters, names_of
+from cnn_pruning.network.description import Filters, Network, names_of
 
 Scores = dict[str, Tensor]
 """The score of each filter (K,), high for a filter that matters, by name of convolution."""
@@ -89,11 +89,15 @@ def select_filters(
         if left and len(selected[layer]) < spare[layer]:
             selected[layer].append(k)
             left -= 1
-    for layer, indices in selected.items():
-        kept = widths[layer] - len(indices)
-        kept = min(widths[layer], -(-kept // multiples[layer]) * multiples[layer])
-        del indices[widths[layer] - kept :]
-    return {layer: sorted(indices) for layer, indices in selected.items()}
+    return {
+        layer: sorted(indices[: _whole(len(indices), widths[layer], multiples[layer])])
+        for layer, indices in selected.items()
+    }
+
+
+def _whole(gone: int, width: int, multiple: int) -> int:
+    """How many of ``width`` filters go, at most ``gone``, if a multiple is kept, or all."""
+    return width - min(width, math.ceil((width - gone) / multiple) * multiple)
 
 
 def spare_filters(
@@ -101,6 +105,7 @@ def spare_filters(
     min_filters: ByLayer = 1,
     keep: Collection[str] = (),
     max_share: float = 1.0,
+    multiple_of: ByLayer = 1,
 ) -> dict[str, int]:
     """Return how many filters each layer can lose, of ``widths`` filters.
 
@@ -113,12 +118,11 @@ def spare_filters(
         raise ValueError(f"max_share must be from 0 to 1, but it is {shown(max_share)}.")
     kept = names_of(keep)
     _check_layers("keep", kept, widths)
-    return {
-        layer: 0
-        if layer in kept
-        else max(0, min(count - least[layer], math.floor(count * max_share + 1e-9)))
-        for layer, count in widths.items()
-    }
+    multiples, spare = by_layer("multiple_of", multiple_of, widths), {}
+    for layer, count in widths.items():
+        most = max(0, min(count - least[layer], math.floor(count * max_share + 1e-9)))
+        spare[layer] = 0 if layer in kept else _whole(most, count, multiples[layer])
+    return spare
 
 
 def by_layer(name: str, value: ByLayer, layers: Collection[str]) -> dict[str, int]:
@@ -127,6 +131,15 @@ def by_layer(name: str, value: ByLayer, layers: Collection[str]) -> dict[str, in
         return dict.fromkeys(layers, integer(name, value, 1))
     _check_layers(name, value, layers)
     return {layer: integer(name, value.get(layer, 1), 1) for layer in layers}
+
+
+def in_filters(multiple_of: ByLayer, network: Network) -> dict[str, int]:
+    """Return ``multiple_of`` by group in filters: it counts channels, of which a filter may have
+    several.
+    """
+    multiples = by_layer("multiple_of", multiple_of, network.groups)
+    each = {name: group.channels() // group.filters for name, group in network.groups.items()}
+    return {name: k // math.gcd(k, each[name]) for name, k in multiples.items()}
 
 
 def _check_layers(name: str, named: Collection[str], layers: Collection[str]) -> None:

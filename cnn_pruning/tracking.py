@@ -393,6 +393,12 @@ def _recording(
         ) from None
 
 
+def _seconds_for(*given: object) -> float:
+    """How long MLflow has for what is ``given``, networks among it."""
+    networks = (value for value in given if isinstance(value, nn.Module))
+    return WITHIN + sum(p.nbytes for each in networks for p in each.parameters()) / SLOWEST
+
+
 def _recorded(function: Callable) -> Callable:
     """Let rank 0 alone call ``function``, which logs to the active run."""
 
@@ -402,10 +408,7 @@ def _recorded(function: Callable) -> Callable:
         active = mlflow.active_run()
         if active is None:
             raise ValueError("No run is active: log inside `with tracking.run(...)`.")
-        networks = (value for value in args if isinstance(value, nn.Module))
-        size = sum(p.nbytes for network in networks for p in network.parameters())
-        what = f"record the run {active.info.run_name!r}"
-        with _recording(what, active, WITHIN + size / SLOWEST):
+        with _recording(f"record the run {active.info.run_name!r}", active, _seconds_for(*args)):
             return function(*args, **kwargs)
 
     return called
@@ -544,14 +547,13 @@ def log_network(model: nn.Module) -> None:
     _hand_over(mlflow.active_run())
 
 
-@deadline(WITHIN)
 def load_network(run_id: str, model: nn.Module | None = None) -> nn.Module:
     """Return the network that ``log_network`` logged to the run ``run_id``, as ``read_network``.
 
     Raises ``mlflow.MlflowException`` if the run or its network doesn't exist, and ``ValueError`` if
     the file isn't the one that was logged.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, deadline(_seconds_for(model)):
         return read_network(_fetched(run_id, "network.pt", DIGEST, folder), model)
 
 

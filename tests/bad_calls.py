@@ -430,8 +430,7 @@ PUBLIC = [
         ("model", "train", "val", "filters"),
         (
             *("per_step", "updates", "criterion", "rescore", "min_filters", "keep", "batch_size"),
-            "lr",
-            "seed",
+            *("lr", "seed", "max_share", "multiple_of"),
         ),
         4,
     ),

@@ -32,6 +32,7 @@ from cnn_pruning import (
     filter_scores,
     fit,
     mask_filters,
+    normalize,
     remove_filters,
     select_filters,
 )
@@ -764,6 +765,53 @@ def test_multiples_count_channels_where_a_score_stands_for_several(multiple):
     assert len(seen) > 5
 
 
+def test_a_budget_is_reached_where_only_the_smallest_multiples_keep_it():
+    torch.manual_seed(0)
+    model, data = Grouped().double(), images_and_labels()
+    pruner = TaylorPruner(model, multiple_of=6)  # of 16, 32 and 24 channels
+    pruner.score(data)
+    smallest = remove_filters(model, pruner.select(33), data)  # one filter of each group stays
+    channels = [smallest.get_submodule(name).out_channels for name in ("first", "grouped", "last")]
+    assert channels == [12, 12, 6]
+    macs = count_macs(smallest, data.tensors[0])
+    assert count_macs(pruner.prune(macs=macs), data.tensors[0]) == macs
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 12])
+@pytest.mark.parametrize("multiple", [4, {"first": 8, "grouped": 16}, {"last": 5}])
+def test_step_by_step_channels_are_multiples_too(multiple, per_step):
+    torch.manual_seed(0)
+    model, data = Grouped().double(), images_and_labels()
+    options = {"updates": 1, "batch_size": 5, "per_step": per_step, "multiple_of": multiple}
+    steps = list(prune_iteratively(model, data, data, macs=0.4, **options))
+    for before, step in itertools.pairwise([None, *steps]):
+        gone = sum(map(len, step.removed.values()))
+        assert gone > 0
+        for name, width in (("first", 16), ("grouped", 32), ("last", 24)):
+            channels = step.model.get_submodule(name).out_channels
+            assert channels == width or channels % of_layer(multiple, name) == 0
+        assert before is None or step.macs < before.macs
+    assert step.macs <= 0.4 * count_macs(model, data.tensors[0])
+    again = remove_filters(model, step.gone, data)
+    assert again(data.tensors[0]).shape == (5, 3)
+
+
+def test_a_step_takes_as_few_more_filters_as_a_multiple_needs():
+    torch.manual_seed(0)
+    model, data = Grouped().double(), images_and_labels()
+    step = next(prune_iteratively(model, data, data, filters=30, updates=0, multiple_of=8))
+    scores = normalize(filter_scores(model, data))
+    each = {"first": 2, "grouped": 2, "last": 8}  # 8 channels, in filters
+    chosen = (select_filters(scores, n, multiple_of=each) for n in itertools.count(1))
+    assert step.removed == next(one for one in chosen if any(one.values()))
+
+
+def test_a_target_below_the_smallest_multiples_is_refused():
+    model, data = Grouped().double(), images_and_labels()
+    with pytest.raises(ValueError, match="keeps at least 12,"):  # 2 + 2 + 8 filters
+        next(prune_iteratively(model, data, data, filters=11, updates=0, multiple_of=8))
+
+
 # 5. What a filter costs
 
 
@@ -781,6 +829,14 @@ def test_a_row_of_costs_is_what_a_network_without_one_filter_has_less(kind):
         small = remove_filters(model, {name: [filters - 1]}, data)
         assert row["parameters"] == parameters_by_hand(model) - parameters_by_hand(small)
         assert row["macs"] == macs_by_hand(model, images) - macs_by_hand(small, images)
+
+
+def test_costs_of_a_sequence_without_images_are_refused():
+    """A table of zeros would look like filters that cost nothing."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    with pytest.raises(ValueError, match="size of the network's images must be known"):
+        filter_costs(model)
+    assert filter_costs(model, torch.rand(2, 1, 8, 8))[0]["macs"] == 36 * 9 + 36 * 3
 
 
 def test_costs_of_a_residual_network_are_those_of_its_weights():

@@ -344,6 +344,17 @@ def test_a_reader_of_its_output_who_has_enough_ends_it_without_a_traceback(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full device is Linux's")
+def test_a_full_disk_behind_its_output_is_one_sentence(store, monkeypatch, capsys):
+    monkeypatch.setattr(program, "experiment", lambda *_: print("a line"))
+    with redirect_stdout(open("/dev/full", "w")) as stdout:
+        assert program.main(arguments()) == 1
+    stdout.close()
+    printed = capsys.readouterr().err
+    assert "can't be written" in printed and "No space left" in printed
+    assert printed.count("\n") == 1
+
+
 # Bad values
 
 

@@ -82,7 +82,7 @@ def test_the_address_shows_the_runs_at_once_and_the_name_tells_them_apart():
 # 3 · Filter scores
 
 
-LIMITS = "by chance, 95 % lie within ±"
+LIMITS = "by chance, 95% lie within ±"
 
 
 def test_only_what_chance_seldom_does_is_said_of_the_maps_of_a_low_score():

@@ -81,7 +81,7 @@ def test_fine_tuning_shrinks_the_range_of_the_criteria():
 
 
 def accuracy(way, method, x, least):
-    """By baseline, the mean accuracy (%) over shares of ``x`` from ``least`` to 95 %."""
+    """By baseline, the mean accuracy (%) over shares of ``x`` from ``least`` to 95%."""
     shares = numpy.linspace(least, 0.95, 100)
     paths = [path.sort_values("filters") for _, path in way[way.method == method].groupby("seed")]
     found = [numpy.interp(shares, path[x] / FULL[x], path.val_accuracy) for path in paths]

@@ -519,7 +519,7 @@ def test_each_image_counts_once_and_alike_however_many_ranks_share_few(monkeypat
 def test_the_gpu_of_a_process_is_that_of_its_number_on_its_machine(monkeypatch):
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     joined = []
-    monkeypatch.setattr(dist, "init_process_group", joined.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, timeout: joined.append(kind))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("RANK", "3")

@@ -762,6 +762,20 @@ def test_a_network_of_ones_own_is_logged_and_read_into_a_new_one(store):
         tracking.load_network(active.info.run_id)
 
 
+@pytest.mark.parametrize("does", ["log", "load"])
+def test_a_large_network_has_the_time_that_100_kilobytes_a_second_take(store, monkeypatch, does):
+    large, given = network((40, 60)), []
+    with tracking.run("large") as active:
+        tracking.log_network(large)
+        monkeypatch.setattr(tracking, "deadline", lambda s: given.append(s) or deadline(s))
+        if does == "log":
+            tracking.log_network(large)
+    if does == "load":
+        tracking.load_network(active.info.run_id, large)
+    size = 4 * sum(parameter.numel() for parameter in large.parameters())
+    assert max(given) == pytest.approx(60 + size / 1e5) and size > 1e6
+
+
 def test_a_file_that_tells_of_a_huge_network_is_refused_without_building_it(tmp_path):
     for channels in ((300_000,), (2**40, 3)):
         file = {"channels": channels, "state_dict": network().state_dict()}

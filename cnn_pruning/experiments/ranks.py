@@ -8,17 +8,15 @@ import functools
 import hashlib
 import itertools
 import os
-import random
 import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
-import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,8 +25,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning.network.checks import first_line
+from cnn_pruning.network.passes import same_random_numbers
 
 PATIENCE = 60  # seconds that a rank waits for the others without a word
+GIVE_UP = timedelta(minutes=10)  # and that the command waits at all, instead of gloo's 30
 
 
 class RankLost(ConnectionError):
@@ -152,7 +152,7 @@ def gathered(data: Dataset, model: nn.Module, value: object) -> list:
     """
     if not isinstance(data, Shared):
         return [value]
-    networks, values = zip(*_of_all("network", (_digest(model), value)), strict=True)
+    networks, values = zip(*_of_all("network", (_digest(_values(model)), value)), strict=True)
     other = next((rank for rank, found in enumerate(networks) if found != networks[0]), None)
     if other is not None:
         raise Refused(
@@ -194,30 +194,20 @@ def _examples_digest(data: Dataset) -> bytes:
 
     What can't be read says so where it is needed.
     """
-    digest, size = hashlib.sha256(), len(data)
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]), suppress(Exception):
-        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
-            seed(0)
+    size = len(data)
+    with same_random_numbers(), suppress(Exception):
         whole = type(data) is TensorDataset
         examples = data.tensors if whole else [data[i] for i in {0, size // 2, size - 1}]
-        for value in tree_leaves(examples):
-            digest.update(_bytes(torch.as_tensor(value)))
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
-    return digest.digest()
+        return _digest(map(torch.as_tensor, tree_leaves(examples)))
+    return b""
 
 
-def _digest(model: nn.Module) -> bytes:
-    """SHA-256 of the parameters and buffers, the same however they are laid out in memory."""
+def _digest(values: Iterable[Tensor]) -> bytes:
+    """SHA-256 of ``values``, the same however they are laid out in memory."""
     digest = hashlib.sha256()
-    for value in _values(model):
-        digest.update(_bytes(value))
+    for value in values:
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-def _bytes(value: Tensor) -> memoryview:
-    return value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _values(model: nn.Module) -> Iterator[Tensor]:
@@ -329,7 +319,7 @@ def start(device: torch.device) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     with meeting():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=GIVE_UP)
     return device
 
 

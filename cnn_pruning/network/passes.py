@@ -1,9 +1,12 @@
 """One pass of a batch through a network: its mode, its device, its loss, its errors."""
 
 import copy
+import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -40,6 +43,25 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     with training_flags(model):
         model.eval()
         yield
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What the block draws is always the same, and the caller's random numbers are kept: PyTorch's,
+    Python's and numpy's. One thread at a time may be in it.
+    """
+    with _ONE_THREAD, torch.random.fork_rng():
+        states = random.getstate(), numpy.random.get_state()
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+
+
+_ONE_THREAD = threading.RLock()
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -1,9 +1,6 @@
 """How a network is read, and the trial that what is read holds."""
 
-import random
-import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +13,14 @@ from cnn_pruning.network.checks import check_module
 from cnn_pruning.network.description import BATCH_NORM, Filters, Network, names_of
 from cnn_pruning.network.graph import counts_on_them, floats_in, read_graph
 from cnn_pruning.network.maps import on_feature_maps, zero
-from cnn_pruning.network.passes import Inputs, copy_of, device_of, on_device, outputs_of
+from cnn_pruning.network.passes import (
+    Inputs,
+    copy_of,
+    device_of,
+    on_device,
+    outputs_of,
+    same_random_numbers,
+)
 from cnn_pruning.network.removal import remove
 from cnn_pruning.network.sequential import UnknownLayer, read_sequential
 
@@ -43,7 +47,7 @@ def read(model: nn.Module | Network, images: Inputs | None = None) -> Network:
                 f"{type(model).__name__} isn't a Sequential of layers that are known ({unknown}), "
                 "so it has to be read from images: hand in data too, a dataset or a few images."
             ) from None
-    with torch.inference_mode(False), torch.enable_grad(), random_numbers_kept():
+    with torch.inference_mode(False), torch.enable_grad(), same_random_numbers():
         # Two, even of a single one: batch norm can't train on that
         images = tree_map(lambda x: torch.cat([x[:2], x[:1]])[:2], images)
         images = on_device(images, device_of(model))
@@ -104,8 +108,7 @@ class _Trial:
         with torch.inference_mode(False):
             model = _in_general_position(model.double().cpu())
         try:
-            with torch.no_grad(), random_numbers_kept():
-                _outputs(model, exact, training=False)
+            _outputs(model, exact, training=False)
         except ValueError:  # it counts on its own device
             model, exact = copy_of(network.model), images
         _check_apart(model, exact)
@@ -135,44 +138,41 @@ class _Trial:
         mixed = f"{mixing} behind them uses several of them at once, or their number"
         network = self.network.only(filters.__contains__)
         small = remove(network, filters).model
-        with torch.no_grad(), random_numbers_kept():
-            for images, training, when in self.occasions:
-                try:
-                    removed = _outputs(small, images, training)
-                except ValueError:
-                    removed = None
-                try:
-                    with on_feature_maps(network, zero(filters)):
-                        masked = _outputs(network.model, images, training)
-                except ValueError:
-                    if not when:
-                        raise
-                    continue  # nor can the whole network take these
-                if removed is None:
-                    return when + counts_on_them(passed)
-                if len(masked) != len(removed) or not all(map(_close, removed, masked)):
-                    return when + mixed
+        for images, training, when in self.occasions:
+            try:
+                removed = _outputs(small, images, training)
+            except ValueError:
+                removed = None
+            try:
+                with on_feature_maps(network, zero(filters)):
+                    masked = _outputs(network.model, images, training)
+            except ValueError:
+                if not when:
+                    raise
+                continue  # nor can the whole network take these
+            if removed is None:
+                return when + counts_on_them(passed)
+            if len(masked) != len(removed) or not all(map(_close, removed, masked)):
+                return when + mixed
         return ""
 
 
 def _check_apart(model: nn.Module, images: Inputs) -> None:
     """Raise ``TypeError`` if the outputs for the first image change with the second one."""
     others = tree_map(lambda x: torch.cat([x[:1], x[:1].roll(1, -1)]), images)
-    with torch.no_grad(), random_numbers_kept():
-        found, beside = (_outputs(model, each, training=False) for each in (images, others))
-        pairs = [pair for pair in zip(found, beside, strict=True) if pair[0].shape[:1] == (2,)]
-        if not all(_close(one[:1], other[:1]) for one, other in pairs):
-            raise TypeError(
-                f"What {type(model).__name__} puts out for an image depends on the others in its "
-                "mini-batch, so that no image has a loss of its own: take them apart in forward."
-            )
+    found, beside = (_outputs(model, each, training=False) for each in (images, others))
+    pairs = [pair for pair in zip(found, beside, strict=True) if pair[0].shape[:1] == (2,)]
+    if not all(_close(one[:1], other[:1]) for one, other in pairs):
+        raise TypeError(
+            f"What {type(model).__name__} puts out for an image depends on the others in its "
+            "mini-batch, so that no image has a loss of its own: take them apart in forward."
+        )
 
 
+@torch.no_grad()
 def _outputs(model: nn.Module, images: Inputs, training: bool) -> list[Tensor]:
-    torch.manual_seed(0)
-    random.seed(0)
     model.train(training)
-    with _Plain(next((p.dtype for p in model.parameters()), None)):
+    with same_random_numbers(), _Plain(next((p.dtype for p in model.parameters()), None)):
         found = floats_in(outputs_of(model, images))
     if not found:
         raise TypeError(f"{type(model).__name__} puts out no tensor: nothing can be tried.")
@@ -225,22 +225,6 @@ def _close(removed: Tensor, masked: Tensor) -> bool:
     return removed.shape == masked.shape and torch.allclose(
         removed, masked, rtol=within, atol=within * usual, equal_nan=True
     )
-
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Restore the caller's random numbers, PyTorch's and Python's, after the block; one thread at a
-    time may be in it.
-    """
-    with _ONE_THREAD, torch.random.fork_rng():
-        state = random.getstate()
-        try:
-            yield
-        finally:
-            random.setstate(state)
-
-
-_ONE_THREAD = threading.RLock()
 
 
 def check_keep(model: nn.Module, keep: Collection[str] | str) -> None:

@@ -36,7 +36,7 @@ def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) 
         axis.set(xscale="log", ylabel="test accuracy (%)")
         axis.margins(y=0.12)  # room for the numbers
         ahead = " ahead of ".join(NAMES.get(each, each) for each in methods[:2])
-        said = f"{100 * share:g} % of the multiply-adds left. Numbers: {ahead}"
+        said = f"{100 * share:g}% of the multiply-adds left. Numbers: {ahead}"
         axis.set_title(said, size=10)
     lengths = sorted(pruned.length.unique())
     axes[-1, 0].set_xlabel("epochs of training after the removal")

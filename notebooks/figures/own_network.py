@@ -2,7 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from cnn_pruning.plots import INK, LAYERS, METHODS, headline, label_ends, look, subplots
+from cnn_pruning.plots import (
+    INK,
+    LAYERS,
+    METHODS,
+    NAMES,
+    PAGE,
+    headline,
+    label_ends,
+    look,
+    subplots,
+)
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -45,7 +55,7 @@ def way_down(way: pd.DataFrame, methods: Sequence[str], gaps: pd.DataFrame, titl
     below.axvline(0, color=INK, lw=1, ls=":")
     below.set_yticks(range(len(gaps)), gaps.index)
     below.set_ylim(len(gaps) - 0.5, -0.5)
-    below.set_xlabel("points of test accuracy (strokes: seeds; dot and bar: mean, 95 % interval)")
+    below.set_xlabel("points of test accuracy (strokes: seeds; dot and bar: mean, 95% interval)")
     below.set_title("After fine-tuning: Taylor's network minus …")
     headline(figure, title)
     label_ends(above)
@@ -110,12 +120,11 @@ def skip_connection() -> Figure:
     return figure
 
 
-STAGES = {
-    "val_before": "removed",
-    "val_refreshed": "statistics\ntaken anew",
-    "val_accuracy": "an epoch of\nfine-tuning",
+STAGES = {  # what was measured, and how its dot is filled
+    "val_before": {"mfc": PAGE},
+    "val_refreshed": {"fillstyle": "left", "markerfacecoloralt": PAGE},
+    "val_accuracy": {},
 }
-
 
 METHOD_LOOKS = {  # of the residual network's methods: what ``plots.look`` draws them like
     "taylor": "taylor",
@@ -128,26 +137,22 @@ METHOD_LOOKS = {  # of the residual network's methods: what ``plots.look`` draws
 }
 
 
-def slopes(sizes: Mapping[float, pd.DataFrame], title: str) -> Figure:
-    """Accuracy (%) of each method from stage to stage: a panel a size, one above the other.
+def stage_dots(sizes: Mapping[float, pd.DataFrame], title: str) -> Figure:
+    """Accuracy (%) of each method at three stages: a row a method, the best at the end on top.
 
-    ``sizes`` maps a share of the MACs to a table with the columns ``method`` and those of
-    ``STAGES``; a line is the mean over its rows.
+    ``sizes`` maps a share of the MACs, a panel each, to a table with the columns ``method`` and
+    those of ``STAGES``; a dot is the mean over its rows.
     """
-    figure, axes = subplots(len(sizes), 1, 7, 3 * len(sizes), sharex=True)
+    figure, axes = subplots(len(sizes), 1, 7, 2.6 * len(sizes), sharex=True)
     for (axis,), (share, table) in zip(axes, sizes.items(), strict=True):
-        means = 100 * table.groupby("method")[[*STAGES]].mean()
-        for method, like in METHOD_LOOKS.items():
-            axis.plot(
-                range(len(STAGES)),
-                means.loc[method],
-                label=method,
-                **look(like),
-            )
-        axis.set(ylabel="validation accuracy (%)", title=f"{share:.0%} of the multiply-adds")
-        axis.set(xlim=(-0.15, 2.95), ylim=(0, 100))
-        axis.set_xticks(range(len(STAGES)), STAGES.values())
+        means = 100 * table.groupby("method")[[*STAGES]].mean().sort_values("val_accuracy")
+        for y, (method, row) in enumerate(means.iterrows()):
+            dot = {"color": look(METHOD_LOOKS[method])["color"], "marker": "o", "ms": 9}
+            axis.plot((row.min(), row.max()), (y, y), color=dot["color"], lw=1, zorder=1)
+            for stage, fill in STAGES.items():
+                axis.plot(row[stage], y, **dot | fill)
+        axis.set_yticks(range(len(means)), [NAMES.get(name, name) for name in means.index])
+        axis.set(title=f"{share:.0%} of the multiply-adds", xlim=(0, 100))
+    axis.set_xlabel("validation accuracy (%): ○ removed  ◐ statistics taken anew  ● after an epoch")
     headline(figure, title)
-    for (axis,) in axes:
-        label_ends(axis, 8)
     return figure

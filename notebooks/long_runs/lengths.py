@@ -76,7 +76,7 @@ def jobs() -> list[tuple[float, str, float]]:
 
 
 def tested(table: pd.DataFrame) -> Iterator[tuple[str, float, pd.Series]]:
-    """Yield what is tested at 25 % of the multiply-adds: (what, length, differences by seed).
+    """Yield what is tested at 25% of the multiply-adds: (what, length, differences by seed).
 
     Taylor's lead in test accuracy (points) over random filters and over both networks from scratch,
     after 1, 5 and 10 epochs; and how much less the first is after 10 epochs than after 1. These are
