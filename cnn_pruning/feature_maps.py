@@ -69,6 +69,19 @@ def _listed(reasons: dict[str, str]) -> str:
     )
 
 
+def check_maps(network: Network) -> None:
+    """Raise ``TypeError`` unless there is a map for each of the images that it was read from.
+
+    In a mini-batch, that many time steps as examples would pass for examples.
+    """
+    if network.images is not None:
+        found: list[Seen] = []
+        network = network.of(passes.copy_of(network.model).eval())
+        with torch.no_grad(), on_feature_maps(network, found.append):
+            passes.outputs_of(network.model, network.images)
+        side_by_side(network, found, size_of(network.images))
+
+
 def feature_maps(
     network: Network,
     data: Dataset,
@@ -84,6 +97,7 @@ def feature_maps(
 
     The network runs in evaluation mode, and is as it was whenever something is handed out.
     """
+    check_maps(network)
     model, at_once = network.model, [FEWEST]
     unseen: set[str] = set()
     loader, device = batches(data, batch_size), passes.device_of(model)

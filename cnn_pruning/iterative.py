@@ -14,7 +14,7 @@ from cnn_pruning.criteria import MeanOverExamples, PerExample
 from cnn_pruning.experiments import ranks, training
 from cnn_pruning.experiments.data import batches, epoch, few_images
 from cnn_pruning.experiments.progress import progress
-from cnn_pruning.feature_maps import scorable
+from cnn_pruning.feature_maps import check_maps, scorable
 from cnn_pruning.measure import Budget, count_macs, count_parameters
 from cnn_pruning.network.checks import check_function, integer
 from cnn_pruning.network.description import Network
@@ -129,6 +129,8 @@ def prune_iteratively(
         kept_whole = network.names_of(keep)
         found = criteria.find(criterion, network, cost)
         on_the_way = found if updates and found not in criteria.WHOLE else None
+        if on_the_way:
+            check_maps(network)
         bounds["multiple_of"] = in_filters(multiple_of, network)
         spare = spare_filters(network.filters(), keep=kept_whole, **bounds)
         # What each layer keeps, in filters of the network that was handed in
@@ -162,7 +164,7 @@ def prune_iteratively(
                 room = sum(spare_filters(network.filters(), least).values())
                 left = sum(network.filters().values()) - filters if filters else room
                 most = min(per_step, room, left)
-                chosen = network.checked(_lowest(scores, most, least, bounds["multiple_of"]))
+                chosen = _lowest(network, scores, most, least, bounds["multiple_of"])
             # Those of one rank, whatever rescore does on each
             chosen = ranks.gathered(train, network.model, chosen)[0]
             network = remove(network, chosen)
@@ -188,12 +190,19 @@ def prune_iteratively(
             )
 
 
-def _lowest(scores: Scores, most: int, least: dict[str, int], multiples: dict[str, int]) -> Filters:
-    """The ``most`` lowest filters, or as many more as it takes until a layer can lose some."""
-    scored = scores if isinstance(scores, dict) else ()
-    least, multiples = ({n: k for n, k in by.items() if n in scored} for by in (least, multiples))
+def _lowest(
+    network: Network, scores: Scores, most: int, least: dict[str, int], multiples: dict[str, int]
+) -> Filters:
+    """The ``most`` lowest filters that are scored, where there are so many, or as many more as it
+    takes until a layer can lose some.
+    """
+    widths, least, multiples = (
+        {n: k for n, k in by.items() if isinstance(scores, dict) and n in scores}
+        for by in (network.filters(), least, multiples)
+    )
+    most = min(most, sum(spare_filters(widths, least).values()))
     for n in count(most):
-        chosen = select_filters(scores, n, least, multiple_of=multiples)
+        chosen = network.checked(select_filters(scores, n, least, multiple_of=multiples))
         if any(chosen.values()):
             return chosen
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +38,8 @@ def count_macs(model: nn.Module, image_shape: tuple[int, ...] | Inputs | None = 
 
     ``image_shape`` is (channels, height, width), or a batch of what the network takes, of which the
     first is used; a ``CNN`` knows its own. Matrix products, convolutions and attention are counted
-    by PyTorch; recurrent, bilinear and deformable layers by their weights.
+    by PyTorch; recurrent, bilinear and deformable layers by their weights. Products of a matrix and
+    a vector, and functions such as ``bilinear`` and ``cdist``, aren't counted.
 
     Raises ``ValueError`` if the shape is missing, or if the network can't take such an image.
     """
@@ -52,13 +54,13 @@ def count_macs(model: nn.Module, image_shape: tuple[int, ...] | Inputs | None = 
         def before(*_: object) -> None:
             more[0] += counted()
 
-        def after(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-            more[0] += _by_weights(layer, inputs, output) - counted()
+        def after(layer: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
+            more[0] += _by_weights(layer, [*inputs, *named.values()][0], output) - counted()
 
         for layer in model.modules():
             if isinstance(layer, BY_WEIGHTS):
                 stack.callback(layer.register_forward_pre_hook(before).remove)
-                stack.callback(layer.register_forward_hook(after).remove)
+                stack.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
         stack.enter_context(evaluation(model))
         stack.enter_context(torch.no_grad())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -70,9 +72,9 @@ def count_macs(model: nn.Module, image_shape: tuple[int, ...] | Inputs | None = 
 BY_WEIGHTS = (nn.RNNBase, nn.Bilinear, DeformConv2d)
 
 
-def _by_weights(layer: nn.Module, inputs: tuple, output: Tensor) -> int:
+def _by_weights(layer: nn.Module, x: Tensor | PackedSequence, output: Tensor) -> int:
     if isinstance(layer, nn.RNNBase):
-        steps = inputs[0].numel() // inputs[0].shape[-1]
+        steps = x.data.numel() // x.data.shape[-1]
         return steps * sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
     if isinstance(layer, nn.Bilinear):  # x W, then times y
         return output.numel() * (layer.in1_features + 1) * layer.in2_features
@@ -222,7 +224,7 @@ def _images(
     if image_shape is None and isinstance(model, CNN):
         image_shape = model.IMAGE_SHAPE
     leaves = tree_leaves(image_shape)
-    if leaves and all(isinstance(x, Tensor) and x.dim() > 1 for x in leaves):
+    if leaves and all(isinstance(x, Tensor) and x.dim() for x in leaves):
         batch = tree_map(lambda x: x[:1].expand(batch_size, *x.shape[1:]), image_shape)
         return on_device(batch, device_of(model))
     if not isinstance(image_shape, tuple | list):

@@ -11,7 +11,7 @@ from cnn_pruning.experiments.ranks import agree, summed, together
 from cnn_pruning.feature_maps import scorable
 from cnn_pruning.network import passes
 from cnn_pruning.network.description import Network
-from cnn_pruning.network.maps import on_feature_maps, zero
+from cnn_pruning.network.maps import on_feature_maps, version_of, zero
 from cnn_pruning.network.passes import Cost, Inputs, outputs_of, summed_loss
 from cnn_pruning.scores import Scores
 
@@ -70,16 +70,22 @@ def oracle_abs(
 def _outputs_and_last(
     model: nn.Module, images: Inputs
 ) -> tuple[object, nn.Linear | None, Tensor | None]:
-    """The outputs, and the linear layer that puts them out, with its input, if there is one."""
+    """The outputs, and the linear layer that puts them out, with its input, if there is one.
+
+    What was changed in place since is something else.
+    """
     seen = []
 
     def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        seen.append((output, layer, *inputs))
+        if len(inputs) == 1:
+            seen.append((layer, *inputs, output, version_of(inputs[0]), version_of(output)))
 
     with ExitStack() as stack:
         for layer in model.modules():
             if type(layer) is nn.Linear:
                 stack.callback(layer.register_forward_hook(keep).remove)
         outputs = outputs_of(model, images)
-    last = [(layer, x) for output, layer, x in seen if output is outputs and x.dim() == 2]
-    return outputs, *(last or [(None, None)])[0]
+    for layer, x, output, *versions in seen:
+        if output is outputs and x.dim() == 2 and versions == [version_of(x), version_of(output)]:
+            return outputs, layer, x
+    return outputs, None, None

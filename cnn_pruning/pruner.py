@@ -118,8 +118,9 @@ class TaylorPruner:
     A wrapper around ``filter_scores``, ``select_filters`` and ``remove_filters``. ``criterion``,
     ``cost`` and ``linear`` are as in the first; ``min_filters``, ``keep``, ``max_share`` and
     ``multiple_of`` as in the second, but that ``keep`` may name any layer of a group, and
-    ``multiple_of`` counts channels, also where one score stands for several. With ``normalize``,
-    the scores are normalized by layer before they are compared. The model is never changed.
+    ``multiple_of`` counts channels of a group's first layer, also where one score stands for
+    several. With ``normalize``, the scores are normalized by layer before they are compared. The
+    model is never changed.
 
     ``scores`` holds the last scores, as ``filter_scores`` returns them, or None.
 

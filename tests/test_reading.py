@@ -818,7 +818,7 @@ def test_a_copy_that_is_made_inside_a_mask_is_not_masked():
 
 def test_several_maps_for_an_example_are_refused_where_they_are_scored():
     crops = Net(lambda m, x: m.head(flatten(m.second(m.first(torch.cat((x, x)))))).chunk(2)[0])
-    with pytest.raises(TypeError, match=r"(first|second) puts out 8 feature maps for 4 examples"):
+    with pytest.raises(TypeError, match=r"(first|second) puts out 4 feature maps for 2 examples"):
         filter_scores(crops, data())
 
 

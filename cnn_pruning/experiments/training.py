@@ -235,8 +235,8 @@ def refresh_batch_norms(
 
     Those of a network that has lost filters are stale. The new ones are the mean over the whole
     mini-batches among ``images`` examples, a fixed random part of ``data``; their labels play no
-    part. Batch norms that are frozen stay, as in ``fit``, and the other layers are in evaluation
-    mode meanwhile. A network without batch norms isn't run.
+    part. Batch norms that are frozen stay, as in ``fit``, and those that no image reaches; the
+    other layers are in evaluation mode meanwhile. A network without batch norms isn't run.
 
     Every rank does the same with data from ``ranks.divide``, and all end with the same network.
     Raises ``ValueError`` as ``evaluate`` does; the statistics are then as they were.
@@ -262,6 +262,9 @@ def refresh_batch_norms(
                 for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
                     outputs_of(model, on_device(inputs, device))
             ranks.of_all(data, None)  # they meet
+            for norm, values in zip(norms, before, strict=True):
+                if not norm.num_batches_tracked:  # the passes didn't reach it
+                    norm.load_state_dict(values)
         except BaseException:
             for norm, values in zip(norms, before, strict=True):
                 norm.load_state_dict(values)

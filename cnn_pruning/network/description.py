@@ -111,7 +111,8 @@ class Network:
                 for name, group in self.groups.items()
                 if any(is_inside(part.name, kept) for part in group.side("out"))
             }
-            if not names and not any(is_inside(name, kept) for name in self.left_out):
+            layers = (n for n, m in self.model.named_modules() if isinstance(m, CONV | nn.Linear))
+            if not names and not any(is_inside(name, kept) for name in layers):
                 raise ValueError(f"keep names {kept}, which has no filters that could go.")
             found |= names
         return found

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch_pruning
@@ -29,7 +30,7 @@ from cnn_pruning.network.removal import is_depthwise, size_name
 
 MAPPINGS = {
     OPTYPE[kind.upper()]: getattr(index_mapping, f"update_{kind}_index_mapping")
-    for kind in ("concat", "split", "reshape", "unbind", "expand", "slice")
+    for kind in ("concat", "split", "reshape", "unbind", "expand")
 }
 NORMS = BATCH_NORM | nn.modules.instancenorm._InstanceNorm | nn.PReLU | nn.GroupNorm
 HARMLESS = set(
@@ -84,12 +85,15 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
     in_training = trained.keys() - evaluated.keys()
     reader = _Reader(traced, _graph(traced, images, both=bool(in_training)))
     groups, seen = {}, set()
+    unused = "forward doesn't call it as a layer"
     left_out = {
-        name: "it is used in training alone"
-        for name in in_training
-        if isinstance(traced.get_submodule(name), CONV)
+        name: "it is used in training alone" if name in in_training else unused
+        for name, layer in traced.named_modules()
+        if isinstance(layer, CONV) and name not in evaluated
     }
-    for name in evaluated:
+    convolutions = {n: isinstance(traced.get_submodule(n), CONV) for n in evaluated}
+    # They come first, because a group has the name of a convolution, if there is one in it.
+    for name in sorted(evaluated, key=lambda name: not convolutions[name]):
         layer = traced.get_submodule(name)
         if not isinstance(layer, CONV | nn.Linear) or layer in seen:
             continue
@@ -102,7 +106,7 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
             seen |= together
         except _Obstacle as obstacle:
             left_out[name] = str(obstacle)
-    return groups, left_out
+    return {name: groups[name] for name in evaluated if name in groups}, left_out
 
 
 def _layers_used(network: nn.Module, images: Inputs, training: bool) -> dict[str, str]:
@@ -240,6 +244,25 @@ def _axis_of(parameter: Tensor) -> int | None:
     return longer[-1] if longer else None
 
 
+def _map_slice(graph: torch_pruning.DependencyGraph, node) -> None:
+    """Tell the graph which channels a slice takes. Torch-Pruning looks for them in axis 2 of three,
+    where a sequence has its steps, and can't count from the end.
+    """
+    sizes, axis = node.grad_fn._saved_self_sym_sizes, 1
+    channels = infer_out_channels_recursively(graph, node.inputs[0], [0])
+    if len(sizes) == 3 and channels != sizes[1]:
+        axis = 2  # tokens
+    ends = (k - 2**64 if k >= 2**63 else k for k in (node.module.start, node.module.end))
+    start, end, step = slice(*ends, node.module.step).indices(sizes[axis])
+    taken = partial(index_mapping._SliceIndexMapping, axis, start, step, end)
+    for source in node.inputs:
+        for one, other, back in ((node, source, True), (source, node, False)):
+            for dependency in one.dependencies:
+                if dependency.target == other:
+                    all_pass = node.grad_fn._saved_dim != axis
+                    dependency.index_mapping[0] = None if all_pass else taken(back)
+
+
 class _Reader:
     """Follows the channels of one layer after the other through the graph."""
 
@@ -256,11 +279,12 @@ class _Reader:
         sizes = [size for parameter in traced.parameters() for size in parameter.shape]
         self.most = 2 * max(sizes, default=0)  # more channels are a sign of a misread operation
         self.broken = set()
+        mappings = MAPPINGS | {OPTYPE.SLICE: _map_slice}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for node in graph.module2node.values():
                 try:
-                    MAPPINGS.get(node.type, lambda *_: None)(graph, node)
+                    mappings.get(node.type, lambda *_: None)(graph, node)
                 except Exception:  # Torch-Pruning can't say what this operation does to channels
                     self.broken.add(node)
 

@@ -59,7 +59,8 @@ def side_by_side(network: Network, found: list[Seen], examples: int) -> Maps:
             if len(seen.z) != examples:
                 raise TypeError(
                     f"{name} puts out {len(seen.z)} feature maps for {examples} examples: in "
-                    "forward, call it once for each image of an example."
+                    "forward, call it once for each image of an example, and let the examples be "
+                    "the first axis (batch_first=True)."
                 )
             for row, values in zip(rows[name], (seen.z.detach(), seen.slope), strict=True):
                 if values is not None:
@@ -126,13 +127,13 @@ class _Pooling(TorchFunctionMode):
             if _keeps_channels(name, source, output, args[1:], kwargs):
                 z, steps = self.before(source)
                 steps = *steps, (function, args[1:], kwargs)
-                self.made[output] = z, _version(z), _version(output), steps
+                self.made[output] = z, version_of(z), version_of(output), steps
         return output
 
     def before(self, x: Tensor) -> tuple[Tensor, tuple]:
         """The map that ``x`` was made of, and how, unless one of them was changed since."""
         z, *versions, steps = self.made.get(x, (x, None, None, ()))
-        return (z, steps) if versions == [_version(z), _version(x)] else (x, ())
+        return (z, steps) if versions == [version_of(z), version_of(x)] else (x, ())
 
 
 @contextmanager
@@ -161,13 +162,13 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         z, steps = (x, ()) if tokens else pooling.before(x)
         axis = x.dim() - 1 if tokens else 1
         here, version, fork = forks.get(id(z), (None, 0, z))
-        if here is not z or version != _version(z):
+        if here is not z or version != version_of(z):
             # A view, so that its gradient is the part that comes back through these layers alone.
             parts = _of_maps(takers[taker], x.shape[axis] // z.shape[axis])
             seen = Seen(z.view_as(z), axis, parts)
             fork = act(seen)
             fork = seen.z if fork is None else fork
-            forks[id(z)] = z, _version(z), fork
+            forks[id(z)] = z, version_of(z), fork
         for function, args, kwargs in steps:
             fork = function(fork, *args, **kwargs)
         return fork, *rest
@@ -221,5 +222,6 @@ def _keeps_channels(name: str, source: Tensor, output: Tensor, args: tuple, kwar
     return output.shape[1] == source.shape[1] or (row and name in ("flatten", "reshape", "view"))
 
 
-def _version(x: Tensor) -> int:
+def version_of(x: Tensor) -> int:
+    """A number that grows when ``x`` is changed in place."""
     return 0 if x.is_inference() else x._version

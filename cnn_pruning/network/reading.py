@@ -79,9 +79,9 @@ def only_exact(network: Network) -> Network:
 
 
 def _half_of_each(filters: dict[str, int]) -> Filters:
-    """Half of the filters of each group; for groups of one size, where that can be, not the same: a
-    trial would not notice otherwise that two can only go together. Filter 0 goes and the last one
-    stays, so that no half is the same from behind.
+    """About half of the filters of each group; for groups of one size, where that can be, not the
+    same: a trial would not notice otherwise that two can only go together. Filter 0 goes and the
+    last one stays, so that no half is the same from behind.
     """
     generator = torch.Generator().manual_seed(0)
     taken: Filters = {}
@@ -89,7 +89,8 @@ def _half_of_each(filters: dict[str, int]) -> Filters:
         others = [half for other, half in taken.items() if filters[other] == count]
         for _ in range(20 * (count > 1)):  # of few filters there are few halves
             inner = torch.randperm(count - 2, generator=generator) + 1
-            taken[name] = [0, *sorted(inner[: count // 2 - 1].tolist())]
+            more = count // 2 - 1 if count > 3 else len(others) % 2
+            taken[name] = [0, *sorted(inner[:more].tolist())]
             if taken[name] not in others:
                 break
     return taken
@@ -210,7 +211,9 @@ def _in_general_position(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for value in model.parameters():
             channels = value.numel() == max(value.shape, default=1)  # one value each
-            if value.numel() and (channels or value.amin() == value.amax()):
+            if not value.is_floating_point() or not value.numel():
+                continue
+            if channels or value.amin() == value.amax():
                 noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
                 value += 0.1 * max(value.abs().mean(), 0.1) * noise
     return model
