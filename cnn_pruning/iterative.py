@@ -161,9 +161,8 @@ def prune_iteratively(
                 scores = criteria.score(scored, train, criterion, 128, cost)
             with ranks.together(train):
                 scores = rescore(network.model, scores)
-                room = sum(spare_filters(network.filters(), least).values())
-                left = sum(network.filters().values()) - filters if filters else room
-                most = min(per_step, room, left)
+                left = sum(network.filters().values()) - filters if filters else per_step
+                most = min(per_step, left)
                 chosen = _lowest(network, scores, most, least, bounds["multiple_of"])
             # Those of one rank, whatever rescore does on each
             chosen = ranks.gathered(train, network.model, chosen)[0]
