@@ -29,7 +29,7 @@ def estimate_against_truth(
         alive = (x > lowest) & (y > 0)
         hidden = ", ".join(map(str, (~alive).nonzero().flatten().tolist()))
         label = LAYER_NAMES[i] + (f" (nearly dead, not drawn: filter {hidden})" if hidden else "")
-        axis.scatter(x[alive], y[alive], 36, LAYERS[i], "os^v"[i], label=label)
+        axis.scatter(x[alive], y[alive], 36, LAYERS[i], "os^v"[i], label=label, alpha=0.6)
         points += [(x[k].item(), y[k].item(), k) for k in alive.nonzero().flatten().tolist()]
     axis.set(ylabel=ylabel, xscale="log", yscale="log")
     unit = math.floor(math.log10(axis.get_xlim()[1]))

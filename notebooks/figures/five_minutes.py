@@ -150,7 +150,7 @@ def way_down(
         highest = max(highest, *left)
         below.plot(left, label=name, **look)
     below.set(xlabel="filters removed, without training", xlim=(-0.5, len(removed) + 3))
-    below.set(ylabel="accuracy, and what is left (%)", ylim=(0, highest + 3))
+    below.set(ylabel="accuracy, and what is left (%)", ylim=(-4, highest + 3))
     below.set_xticks(range(0, len(removed), 2))
     headline(figure, title)
     label_ends(below, 10)

@@ -74,7 +74,8 @@ def gate_curve(
     """The mean cost while the gate of filter ``k`` closes, left to right, and its tangent.
 
     ``curves`` (K, G) are the costs (nats) of every filter at the ``gates`` (G,), which fall from 1
-    to 0, and ``slopes`` (K,) the derivatives at 1. ``at`` marks one gate, with both values.
+    to 0, and ``slopes`` (K,) the derivatives at 1. ``at`` marks one gate, with both values; without
+    it, ``k`` is the costliest filter.
     """
     figure, ((axis,),) = subplots(1, 1, 6.4, 3.6)
     tangent = curves[k, 0] + slopes[k] * (gates - 1)
@@ -87,7 +88,7 @@ def gate_curve(
     axis.set(xlim=(1, 0), xlabel="gate g (1 is open, 0 is closed)")
     axis.set(ylabel="mean cross-entropy (nats)", ylim=(None, 1.05 * curves.max().item()))
     label_ends(axis)
-    finding = "The tangent misses most of what closing the gate costs"
+    finding = f"For filter {k}, the costliest, the tangent misses most"
     headline(figure, finding if at is None else f"Filter {k}, its gate at {at:.1f}")
     return figure
 
@@ -111,7 +112,7 @@ def slope_histograms(y: Tensor, filters: Sequence[int]) -> Figure:
         axis.set_ylabel("examples (log)")
     words = "slope y of one example's cost (nats); the bars at the ends hold what lies beyond"
     axes[-1, 0].set_xlabel(words)
-    headline(figure, "Single slopes are large; they cancel in the mean")
+    headline(figure, "Slopes have both signs and cancel in the mean")
     return figure
 
 
@@ -136,5 +137,5 @@ def places(orders: Mapping[str, Tensor], truth: Tensor) -> Figure:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.margins(0.09)
-    headline(figure, "Three averaging orders give three rankings")
+    headline(figure, "Three averaging orders give three rankings (gray: all agree)")
     return figure
