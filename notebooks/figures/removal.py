@@ -65,7 +65,8 @@ def filter_lines(
         axis.text(-0.3, top + n + 0.5, n, color=REMOVED, weight="bold", **beside)
     axis.text(width + 1.7, top - 0.4, "its map", ha="center", size=9)
     each = below[0].numel()
-    words = f"linear layer:\na row reads one map, a cell\nis its {each} weights for one class"
+    words = "linear layer, drawn turned (columns\nin PyTorch): a row reads one map,\n"
+    words += f"a cell is its {each} weights for one class"
     axis.text(width + 3.4, top - 0.4, words, size=9)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in (REMOVED, FOLLOWS, STAYS)]
     names = ("the filter and its map", "what the next layer has for it", "stays")
