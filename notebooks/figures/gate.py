@@ -88,7 +88,7 @@ def gate_curve(
     axis.set(xlim=(1, 0), xlabel="gate g (1 is open, 0 is closed)")
     axis.set(ylabel="mean cross-entropy (nats)", ylim=(None, 1.05 * curves.max().item()))
     label_ends(axis)
-    finding = f"For filter {k}, the costliest, the tangent misses most"
+    finding = f"Filter {k}, the costliest: the tangent misses most of its cost"
     headline(figure, finding if at is None else f"Filter {k}, its gate at {at:.1f}")
     return figure
 
