@@ -47,8 +47,8 @@ def test_continuous_integration_types_the_commands_of_the_readme():
 def test_the_table_has_every_notebook_with_its_minutes(path):
     rows = re.findall(rf"\(notebooks/{path.name}\) \| .* \| (\S+) \| (\d+) \|$", README, re.M)
     ((run, read),) = rows
-    words, lines = saved_notebooks.words(path), saved_notebooks.lines_of_code(path)
-    assert abs(int(read) - (words / 200 + lines / 12)) < 5  # in steps of five minutes
+    (to_read,) = re.findall(r"(\d+) minutes to read", saved_notebooks.prose(path))
+    assert int(read) == 5 * round(int(to_read) / 5), "rounded to five"
     (stated,) = re.findall(r"\*\*Takes\*\* (.*?) on a 2-core CPU", saved_notebooks.prose(path))
     stated = re.sub(r"\d+ minutes to read", "", stated)
     found = [value for words, value in MINUTES.items() if words in stated]
