@@ -58,9 +58,27 @@ def test_after_an_epoch_taylors_filters_are_better_than_random_ones_of_the_same_
     assert over_sizes(gaps, schedules.SAME_LAYERS)[0] > 0
 
 
-def test_one_shot_ends_where_the_loop_does(gaps):
+def test_no_difference_to_one_shot_is_shown_and_its_signs_are_opposite(gaps):
     low, high = over_sizes(gaps, "one shot, same compute")
-    assert -0.2 < low < 0 < high < 0.2
+    assert low < 0 < high
+    ahead = (gaps["one shot, same compute"] > 0).groupby("share").sum()
+    assert ahead[0.75] == 8
+    assert (gaps["one shot, same compute"] < 0).groupby("share").sum()[0.25] == 8
+
+
+def test_one_shot_trains_less_only_where_the_schedule_spent_less_than_half_an_epoch():
+    points = pd.read_csv(schedules.POINTS, comment="#").set_index(["method", "share", "seed"])
+    once, loop = (points.compute[m] for m in ("one shot, same compute", "taylor"))
+    assert (once[0.75] < loop[0.75]).all()
+    assert (points.epochs["one shot, same compute", 0.75] == 1).all()
+    assert abs(once[0.25] - loop[0.25]).max() < 0.15
+
+
+def test_before_fine_tuning_the_criteria_lie_7_to_13_points_apart():
+    points = pd.read_csv(schedules.POINTS, comment="#")
+    rows = points[points.method.isin(METHODS)].groupby(["share", "method"])
+    spans = 100 * rows.val_before.mean().groupby("share").agg(lambda v: v.max() - v.min())
+    assert 7 <= spans.min() and spans.max() < 13
 
 
 def test_taylor_loses_to_the_oracle_only_where_the_collapse_counts(way):

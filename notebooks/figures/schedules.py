@@ -25,8 +25,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 
-def loop_ring(kernels: Tensor) -> Figure:
-    """The paper's loop, drawn around the kernels (K, 3, 3) of a layer."""
+def loop_ring(kernels: Tensor, lowest: int) -> Figure:
+    """The paper's loop, drawn around the kernels (K, 3, 3) of a layer, the lowest in a frame."""
     figure, ((axis,),) = subplots(1, 1, 6.4, 4.4)
     axis.set(xlim=(-2.3, 2.3), ylim=(-1.5, 1.5), aspect="equal")
     axis.axis("off")
@@ -48,7 +48,7 @@ def loop_ring(kernels: Tensor) -> Figure:
     for k, kernel in enumerate(kernels):
         inset = axis.inset_axes((0.29 + 0.42 * k / count, 0.44, 0.38 / count, 0.12))
         bare_image(inset, kernel, cmap="gray")
-        if k == count - 1:
+        if k == lowest:
             inset.add_patch(Rectangle((-0.5, -0.5), 3, 3, fill=False, ec=REMOVED, lw=3))
     return figure
 
@@ -65,7 +65,7 @@ def filters_left(steps: Sequence[Step], number: int) -> Figure:
             color = STAYS if gone else LAYERS[row]
             above.add_patch(Rectangle((k, -row), 0.88, 0.8, fc="none" if gone else color, ec=color))
             words = {"ha": "center", "va": "center", "size": 8, "color": INK if gone else "white"}
-            above.text(k + 0.44, 0.4 - row, when[name, k] if gone else k, **words)
+            above.text(k + 0.44, 0.4 - row, _ordinal(when[name, k]) if gone else k, **words)
     above.set(xlim=(-0.2, max(widths.values())), ylim=(1 - len(widths) - 0.2, 1))
     above.set_yticks([0.4 - row for row in range(len(widths))], ["first layer", "second layer"])
     above.set(xticks=[])
@@ -83,6 +83,11 @@ def filters_left(steps: Sequence[Step], number: int) -> Figure:
         f"accuracy {left.val_accuracy:.1%}",
     )
     return figure
+
+
+def _ordinal(number: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number // 10 != 1 else "th"
+    return f"{number}{ending}"
 
 
 def bands(shares: Sequence[float], found: Mapping[str, numpy.ndarray], xlabel: str) -> Figure:
@@ -103,7 +108,7 @@ def by_updates(table: pd.DataFrame) -> Figure:
     figure, ((axis,),) = subplots(1, 1, 7.5, 3.6)
     way = 100 * table.groupby(["method", "updates", "seed"]).val_accuracy.mean()
     places = {count: x for x, count in enumerate(sorted(table.updates.unique()))}
-    for offset, method in enumerate(sorted(table.method.unique())):
+    for offset, method in enumerate(sorted(table.method.unique(), reverse=True)):
         found = way[method].groupby("updates").agg(["mean", "min", "max"])
         x = [places[count] + 0.08 * offset for count in found.index]
         axis.vlines(x, found["min"], found["max"], color=look(method)["color"], lw=1.5)
