@@ -49,6 +49,8 @@ def two_halves(losses: Tensor, marks: Mapping[str, int], title: str) -> Figure:
         axis.tick_params(left=False, labelleft=False)
     for axis in (picture, columns):
         axis.tick_params(bottom=False, labelbottom=False)
+    rows.tick_params(labelbottom=True)  # a shared axis hides them
+    columns.tick_params(labelleft=True)
     placed = sorted(marks.items(), key=lambda mark: mark[1] % side)
     for (name, index), sign, ha in zip(placed, (-1, 1), ("right", "left"), strict=True):
         y, x = divmod(index, side)
@@ -141,15 +143,17 @@ def before_and_after(
     ``tuned`` maps a choice to (before, after) of each network, and ``methods`` to its look;
     a choice that no method made has the ink.
     """
-    figure, ((axis,),) = subplots(1, 1, 7.5, 4.6)
+    figure, ((axis,),) = subplots(1, 1, 7.5, 5.4)
     for name, pairs in tuned.items():
         line = look(methods.get(name, ""))
         for pair in pairs:
             axis.plot((0, 1), pair, color=line["color"], lw=0.8, alpha=0.5)
         mean = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
         axis.plot((0, 1), mean, label=name, lw=2.5, **line | {"ms": 8})
-    axis.set_xticks((0, 1), ("before fine-tuning", "after one epoch"))
+    axis.set_xticks((0, 1), ("before fine-tuning", "after it"))
     axis.set(xlim=(-0.15, 1.6), ylabel="validation accuracy (%)")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.12 * (high - low))  # the best end close together: room for names
     headline(figure, title)
     label_ends(axis)
     return figure
@@ -200,7 +204,11 @@ def network_cloud(
         line = look(method) | {"lw": 2, "ms": 4, "label": name}
         if name.endswith("re-scored"):
             line |= {"mfc": "white", "ls": ":"}
-        axis.plot(xs, ys, **line | ({"marker": ""} if method == "random" else {}))
+        if method == "random":  # a mean over sizes, no network
+            line |= {"marker": ""}
+        else:  # as the best there is: between two networks, the smaller one
+            line |= {"drawstyle": "steps-post"}
+        axis.plot(*zip(*sorted(zip(xs, ys, strict=True)), strict=True), **line)
     axis.set_xlabel(xlabel, size=12)
     axis.set_ylabel("loss on training images (nats)", size=12)
     axis.set(yscale="log", xlim=(x[-1], 0), ylim=(low, high))
