@@ -73,6 +73,16 @@ def test_fifty_epochs_from_scratch_end_below_ten_and_below_taylors_network(tests
     assert interval(tests["taylor, fine-tuned"] - long, len(own_network.TESTED))[0] > 0
 
 
+def test_random_filters_of_all_layers_fall_behind_on_the_way_and_end_close(chain, tests):
+    ends, way = chain[chain.test_accuracy.notna()], chain[chain.test_accuracy.isna()]
+    mean = way.groupby(["method", "share"]).val_accuracy.mean()
+    assert (mean["taylor"] - mean["random"]).min() > 0
+    low, high = interval(tests["taylor, fine-tuned"] - tests["random, fine-tuned"], 1)
+    assert low < 0 < high < 1
+    macs = ends.groupby("method").macs.mean()
+    assert macs["random, fine-tuned"] < macs["taylor, fine-tuned"]
+
+
 def test_the_controls_are_what_the_text_says(chain):
     ends = chain[chain.test_accuracy.notna()].set_index(["method", "seed"])
     widths, epochs = ends.widths, ends.epochs
@@ -112,6 +122,18 @@ def test_one_shot_down_to_the_smallest_size_is_too_far_for_every_score(pruned, b
         gaps = tests["taylor"] - tests[chance]
         low, high = interval(gaps, len(residual.TESTED) * len(residual.SHARES))
         assert low < 0 < high, "Taylor isn't shown to be better than chance"
+
+
+def test_new_statistics_alone_do_not_put_taylor_ahead(pruned):
+    fresh = pruned.groupby(["share", "method"]).val_refreshed.mean()
+    assert len(fresh[0.75]) == 7 and fresh[0.75].idxmin() == "taylor"
+    random = fresh[0.5]["random"], fresh[0.5][residual.SAME_WIDTHS]
+    assert fresh[0.5]["taylor"] < min(random)
+    after = pruned[pruned.share == LEAST].pivot(
+        index="seed", columns="method", values="val_accuracy"
+    )
+    assert after.mean().idxmax() == "random"
+    assert (after["random"] > after["taylor"]).sum() == 4
 
 
 @pytest.mark.parametrize("method", COLLAPSE)
