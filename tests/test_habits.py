@@ -171,27 +171,31 @@ def test_a_skip_connection_may_crop_a_sequence(crop):
     assert small.a.out_channels == small.b.out_channels == small.b.in_channels == 3
 
 
-@pytest.mark.parametrize("places", [slice(-3, None), slice(1, 4), slice(None, -2), slice(0, 5, 2)])
+@pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
-def test_channels_that_a_slice_takes_are_those_it_takes(places, kind):
-    taken = len(range(5)[places])
+def test_halves_of_the_channels_that_slices_take_go_together(kind, sign):
+    """Max-feature-map: the larger of two maps, filter k with filter k + 4."""
+
+    def way(m, x):
+        z = m.a(x)
+        half = z.shape[1] // 2
+        z = F.relu(m.b(torch.maximum(z[:, :half], z[:, sign * half :])))
+        return m.head(z.flatten(2).mean(2))
+
     model = built(
-        lambda m, x: m.head(F.relu(m.b(F.relu(m.a(x))[:, places])).flatten(2).mean(2)),
-        a=lambda: kind(1, 5, 1),
-        b=lambda: kind(taken, 4, 1),
-        head=lambda: nn.Linear(4, 3),
+        way,
+        a=lambda: kind(1, 8, 1),
+        b=lambda: kind(4, 5, 1),
+        head=lambda: nn.Linear(5, 3),
     )
-    shape = (1, 12) if kind is nn.Conv1d else (1, 6, 6)
-    data = examples(shape)
-    with warnings.catch_warnings():  # whether they can go is another question
-        warnings.simplefilter("ignore")
-        scores = filter_scores(model, data)
-    assert len(scores["b"]) == 4
-    if "a" in scores:
-        filters = {"a": [0]}
-        with mask_filters(model, filters, data):
-            masked = model(data.tensors[0])
-        assert_close(remove_filters(model, filters, data)(data.tensors[0]), masked)
+    data = examples((1, 12) if kind is nn.Conv1d else (1, 6, 6))
+    scores = filter_scores(model, data)
+    assert {name: len(values) for name, values in scores.items()} == {"a": 4, "b": 5}
+    with mask_filters(model, {"a": [1, 2]}, data):
+        masked = model(data.tensors[0])
+    small = remove_filters(model, {"a": [1, 2]}, data)
+    assert_close(small(data.tensors[0]), masked)
+    assert_close(small.a.weight, model.a.weight[[0, 3, 4, 7]])
 
 
 # Conditions
