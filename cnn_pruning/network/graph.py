@@ -377,7 +377,7 @@ class _Reader:
         """Raise ``_Obstacle`` for what can't lose channels."""
         layer = node.module
         if isinstance(layer, _Images):
-            raise _Obstacle("their maps are added to the images")
+            raise _Obstacle("their maps are combined with the images")
         if node in self.broken:
             raise _Obstacle(f"{_named(node)} mixes them")
         if layer not in self.names:
