@@ -41,10 +41,8 @@ def accuracy_by_length(table: pd.DataFrame, methods: Sequence[str], title: str) 
         said = f"{100 * share:g}% of the multiply-adds left. Bottom row: {ahead}"
         axis.set_title(said, size=10)
     lengths = sorted(pruned.length.unique())
-    words = "epochs of training after the removal"
-    if any(method.startswith("scratch") for method in methods):
-        words += "\n(scratch: as many epochs or multiply-adds as Taylor's network had in all)"
-    axes[-1, 0].set_xlabel(words)
+    in_all = "(scratch: as many epochs or multiply-adds as Taylor's network had in all)"
+    axes[-1, 0].set_xlabel(f"epochs of training after the removal\n{in_all}")
     axes[-1, 0].xaxis.set_major_locator(FixedLocator(lengths))
     axes[-1, 0].xaxis.set_major_formatter(FixedFormatter([f"{n:g}" for n in lengths]))
     axes[-1, 0].xaxis.set_minor_locator(FixedLocator([]))
