@@ -107,7 +107,7 @@ def spare_filters(
     max_share: float = 1.0,
     multiple_of: ByLayer = 1,
 ) -> dict[str, int]:
-    """Return how many filters each layer can lose, of ``widths`` filters.
+    """Return how many filters each layer can lose, of ``widths`` filters, down to a multiple.
 
     Raises ``ValueError`` for ``min_filters`` below 1, a ``max_share`` that isn't from 0 to 1 or a
     name that isn't a layer, and ``TypeError`` if ``keep`` doesn't hold names.
