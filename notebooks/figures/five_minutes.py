@@ -167,9 +167,8 @@ def recovery(whole: float, steps: Sequence[float], pieces: int, title: str) -> F
     axis.text(1, 100 * whole, "before pruning", color=INK, va="bottom")
     axis.plot(range(len(steps)), [100 * s for s in steps], "o-", color=METHODS["taylor"])
     axis.set(xlim=(-0.3, pieces + 0.3), ylim=(100 * min(steps) - 2, 100 * whole + 3))
-    axis.set_xticks(
-        range(0, pieces + 1, 2), [f"{100 * n // pieces}%" for n in range(0, pieces + 1, 2)]
-    )
+    ticks = range(pieces + 1)
+    axis.set_xticks(ticks, [f"{n / pieces:.0%}" for n in ticks])
     axis.set(xlabel="of one epoch", ylabel="validation accuracy (%)")
     headline(figure, title)
     return figure
