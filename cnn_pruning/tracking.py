@@ -344,9 +344,8 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
         try:
             with _recording(f"start the run {name!r}"):
                 place = {"experiment_id": within, "nested": True, "parent_run_id": parent}
-                active = mlflow.start_run(
-                    run_name=name, tags={LOCK: lock}, description=note, **place
-                )
+                about = {"run_name": name, "tags": {LOCK: lock}, "description": note}
+                active = mlflow.start_run(**place, **about)
             yield active
             with _recording(f"record the run {name!r}", active):
                 _end("FINISHED", lock, hand_over=False)
@@ -357,21 +356,20 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
 
 def _end_with(error: BaseException, name: str, lock: str) -> None:
     """End the run of ``lock`` because of ``error``, to which a note is added."""
-    killed = isinstance(error, KeyboardInterrupt)
-    status = "KILLED" if killed else "FAILED"
+    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    stays = isinstance(error, NotRecorded)  # which says where the network lies
     # The server may be what failed, and a second interrupt must not stop this.
     with undisturbed(), mock.patch.dict(os.environ, ONE_TRY):
         try:
             with deadline(ANSWER_WITHIN):
-                _end(status, lock, not isinstance(error, NotRecorded))  # it says where it lies
-            said = f"The run {name!r} is marked as {status}" if killed else ""
+                _end(status, lock, hand_over=not stays)
+            said = f"The run {name!r} is marked as {status}"
         except Exception:  # the next ``connect`` will mark it
             said = f"MLflow could not mark the run {name!r} as {status}"
     kept = _folder_of_this_machine(mlflow.get_tracking_uri()) / lock / "network.pt"
-    if kept.exists() and not isinstance(error, NotRecorded):
-        said = f"{said or f'The run {name!r} has failed'}, but its network lies in {kept}"
-    if said:
-        error.add_note(f"{said}.")
+    if kept.exists() and not stays:
+        said += f", but its network lies in {kept}"
+    error.add_note(f"{said}.")
 
 
 @contextmanager
@@ -433,9 +431,8 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: Dataset) -> lis
         *(f"dataset.digest = '{_described(each, 'data').digest}'" for each in data),
         *(f"params.{name} = '{value}'" for name, value in settings.items()),
     ]
-    found = mlflow.search_runs(  # the newest first, by default
-        [_experiment()], filter_string=" and ".join(conditions), output_format="list"
-    )
+    wanted = " and ".join(conditions)
+    found = mlflow.search_runs([_experiment()], wanted, output_format="list")  # newest first
     return [each.info.run_id for each in found]
 
 
@@ -490,10 +487,9 @@ def _described(data: Dataset, name: str) -> "NumpyDataset":
 def log_figure(figure: "Figure", path: str) -> str:
     """Log a figure as a PNG file; return where it is, a path on this machine or an address."""
     mlflow.log_figure(figure, path)
-    uri, active = mlflow.get_tracking_uri(), mlflow.active_run().info
+    uri, active = mlflow.get_tracking_uri(), mlflow.active_run()
     if uri.startswith(SERVER):
-        files = f"#/experiments/{active.experiment_id}/runs/{active.run_id}/artifacts"
-        return f"{uri.rstrip('/')}/{files}"
+        return f"{uri.rstrip('/')}/{page(active)}/{active.info.run_id}/artifacts"
     return mlflow.utils.file_utils.local_file_uri_to_path(mlflow.get_artifact_uri(path))
 
 
