@@ -31,16 +31,15 @@ def progress(total: int, label: str) -> Iterator[Callable[[], None]]:
     start = shown = time.perf_counter()
     done = 0
 
-    def show(end: str | None = None) -> None:
-        bar = f"<progress max='{total}' value='{done}' style='width: 20em'></progress>"
-        handle.update(HTML(f"{label}: {end or bar}"))
+    def show(what: str) -> None:
+        handle.update(HTML(f"{label}: {what}"))
 
     def advance() -> None:
         nonlocal done, shown
         done += 1
         if time.perf_counter() - shown > 0.2:
             shown = time.perf_counter()
-            show()
+            show(f"<progress max='{total}' value='{done}' style='width: 20em'></progress>")
 
     handle = display(HTML(label), display_id=True)
     try:
