@@ -49,8 +49,8 @@ SERVER = ("http://", "https://")
 SQLITE = "sqlite:///"
 # Tags of a run: the digests of its network's and its model's file, and the lock that it holds.
 DIGEST, MODEL_DIGEST, LOCK = "network_sha256", "model_sha256", "cnn_pruning.lock"
-LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-LOGIN_OF = "CNN_PRUNING_LOGIN_OF"  # the server that these are for, where its address had them
+# The server whose address had a login, and this login.
+LOGIN = ("CNN_PRUNING_LOGIN_OF", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 # "user:password@", also where the password has a slash, which it shouldn't.
 IN_ADDRESS = r"://([^/\s]*|[^\s/@:]+:(?!\d+/)[^\s@]*)@"
 MODEL = "model/data/model.pt2"  # the file of a model in MLflow's own format
@@ -116,15 +116,14 @@ def _check_answer(uri: str) -> None:
 def _login_apart(uri: str) -> str:
     """Tell MLflow apart from the address of a server who logs in, so that nothing shows it."""
     plain = _shown(uri)
-    if os.environ.get(LOGIN_OF, plain) != plain:  # that of another server
-        for name in (LOGIN_OF, *LOGIN):
+    if os.environ.get(LOGIN[0], plain) != plain:  # that of another server
+        for name in LOGIN:
             os.environ.pop(name, None)
     login = re.search(IN_ADDRESS, uri)
     if not uri.startswith(SERVER) or not login:
         return uri
     user, _, password = login[1].partition(":")
-    given = (plain, unquote(user), unquote(password))
-    os.environ.update(zip((LOGIN_OF, *LOGIN), given, strict=True))
+    os.environ.update(zip(LOGIN, (plain, unquote(user), unquote(password)), strict=True))
     return plain
 
 
