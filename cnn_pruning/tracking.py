@@ -137,11 +137,12 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
-def _folder_of_this_machine(uri: str) -> Path:
+def _folder_of_this_machine(uri: str | None = None) -> Path:
     """Where the runs that go on here have their locks, and networks lie until MLflow has them.
 
     That is beside a database file, and in the user's home for a server.
     """
+    uri = uri or mlflow.get_tracking_uri()
     if path := _sqlite_path(uri):
         return Path(f"{path}.running")
     homes = Path.home(), Path(tempfile.gettempdir())
@@ -157,7 +158,7 @@ def _make_database(path: Path, files: str) -> None:
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    half = _folder_of_this_machine(SQLITE + path.as_posix()) / "half"
+    half = _folder_of_this_machine() / "half"
     shutil.rmtree(half, ignore_errors=True)  # of a start that was killed
     half.mkdir()
     try:
@@ -189,7 +190,7 @@ def connect() -> str:
     mlflow.set_tracking_uri(uri)
     for name in ("alembic", "mlflow.store"):  # a new database reports on each of its tables
         logging.getLogger(name).setLevel(logging.WARNING)
-    path, folder = _sqlite_path(uri), _folder_of_this_machine(uri)
+    path, folder = _sqlite_path(uri), _folder_of_this_machine()
     try:
         if path and path.is_dir():  # MLflow would try again for minutes
             raise IsADirectoryError("that is a folder")
@@ -338,8 +339,7 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
                 names = (f"{name} ({number})" for number in itertools.count(2))
                 name = next(each for each in itertools.chain([name], names) if each not in taken)
             lock = f"{within}.{uuid4().hex}"
-            folder = _folder_of_this_machine(mlflow.get_tracking_uri())
-            until_it_ends.enter_context(held(folder, lock))
+            until_it_ends.enter_context(held(_folder_of_this_machine(), lock))
         try:
             with _recording(f"start the run {name!r}"):
                 place = {"experiment_id": within, "nested": True, "parent_run_id": parent}
@@ -365,7 +365,7 @@ def _end_with(error: BaseException, name: str, lock: str) -> None:
             said = f"The run {name!r} is marked as {status}"
         except Exception:  # the next ``connect`` will mark it
             said = f"MLflow could not mark the run {name!r} as {status}"
-    kept = _folder_of_this_machine(mlflow.get_tracking_uri()) / lock / "network.pt"
+    kept = _folder_of_this_machine() / lock / "network.pt"
     if kept.exists() and not stays:
         said += f", but its network lies in {kept}"
     error.add_note(f"{said}.")
@@ -502,8 +502,7 @@ def widths(model: nn.Module) -> tuple[int, ...]:
 
 def _kept(run: "Run") -> Path:
     """Where the network of a run lies on this machine until MLflow has it."""
-    folder = _folder_of_this_machine(mlflow.get_tracking_uri())
-    return folder / run.data.tags.get(LOCK, run.info.run_id) / "network.pt"
+    return _folder_of_this_machine() / run.data.tags.get(LOCK, run.info.run_id) / "network.pt"
 
 
 def _hand_over(run: "Run") -> None:
