@@ -39,8 +39,6 @@ from cnn_pruning.network.description import CONV
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import ActiveRun
-    from mlflow.data.numpy_dataset import NumpyDataset
-    from mlflow.entities import Run
 
 EXPERIMENT = "cnn-pruning"  # where the user has set no other
 ANSWER_WITHIN = 5  # seconds that a tracking server has for its first answer
@@ -294,7 +292,6 @@ def where_to_look(active: "ActiveRun") -> str:
 # Runs
 
 
-@first_alone
 @contextmanager
 def experiment(settings: Mapping[str, object]) -> Iterator["ActiveRun"]:
     """Start a run for the block, as ``run`` does, under which those of its steps stand.
@@ -476,7 +473,7 @@ def log_data(data: Dataset, name: str) -> None:
     mlflow.log_input(_described(data, name), context=name)
 
 
-def _described(data: Dataset, name: str) -> "NumpyDataset":
+def _described(data: Dataset, name: str) -> "mlflow.data.Dataset":
     whole = isinstance(data, TensorDataset)
     images, labels = data.tensors if whole else next(iter(batches(data, 100)))
     return mlflow.data.from_numpy(images.numpy(), targets=labels.numpy(), name=name)
@@ -500,12 +497,12 @@ def widths(model: nn.Module) -> tuple[int, ...]:
     return tuple(m.out_channels for m in model.modules() if isinstance(m, CONV))
 
 
-def _kept(run: "Run") -> Path:
+def _kept(run: "mlflow.entities.Run") -> Path:
     """Where the network of a run lies on this machine until MLflow has it."""
     return _folder_of_this_machine() / run.data.tags.get(LOCK, run.info.run_id) / "network.pt"
 
 
-def _hand_over(run: "Run") -> None:
+def _hand_over(run: "mlflow.entities.Run") -> None:
     """Give MLflow the network that is kept of a run, and keep it no longer."""
     path, client = _kept(run), mlflow.MlflowClient()
     client.log_artifact(run.info.run_id, path)
