@@ -7,7 +7,6 @@ import importlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import shlex
@@ -435,7 +434,7 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: Dataset) -> lis
 @deadline(WITHIN)
 def metric(run_id: str, name: str) -> float:
     """Return the metric ``name`` of a run as it was logged last, NaN if it wasn't."""
-    return mlflow.get_run(run_id).data.metrics.get(name, math.nan)
+    return mlflow.get_run(run_id).data.metrics.get(name, torch.nan)
 
 
 # What is logged to the active run; of several processes that work together, by the first
@@ -576,9 +575,7 @@ def read_network(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is not None:
         model.load_state_dict(new.state_dict())
         return model
-    for parameter in new.parameters():  # in training they may lie otherwise
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return new
+    return new.to(memory_format=torch.contiguous_format)  # in training, weights may lie otherwise
 
 
 @_recorded
