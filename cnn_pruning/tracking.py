@@ -148,11 +148,7 @@ def _folder_of_this_machine(uri: str | None = None) -> Path:
 
 
 def _make_database(path: Path, files: str) -> None:
-    """Make an empty database at ``path``, whole or not at all; ``files`` is MLflow's place for
-    files of runs.
-
-    MLflow takes seconds to make one, and can't use one that it was stopped in making.
-    """
+    """Make an empty database, whole: MLflow can't use one that it was stopped in making."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     half = _folder_of_this_machine() / "half"
@@ -415,10 +411,8 @@ def parent_of(run_id: str) -> str | None:
 
 @deadline(WITHIN)
 def find_runs(stage: str, settings: Mapping[str, object], *data: Dataset) -> list[str]:
-    """Return the ids of the finished runs of a stage with these settings, the newest first.
-
-    They are runs whose stage was named by ``set_stage``, whose parameters have the values in
-    ``settings``, and to which each of ``data`` was logged by ``log_data``.
+    """Return the ids of the finished runs, the newest first, that ``set_stage`` gave this stage,
+    whose parameters have the values in ``settings``, and to which ``log_data`` logged ``data``.
     """
     conditions = [
         f"tags.stage = '{stage}'",
