@@ -175,8 +175,7 @@ def connect() -> str:
     Raises ``ConnectionError`` within seconds if a tracking server doesn't answer, and
     ``ValueError`` if MLflow can't use the place. Nothing is left behind then.
     """
-    default = _default_uri()
-    uri = _login_apart(os.environ.get("MLFLOW_TRACKING_URI") or default)
+    uri = _login_apart(os.environ.get("MLFLOW_TRACKING_URI") or _default_uri())
     if uri.startswith(SERVER):
         _check_answer(uri)
     os.environ.update({**PATIENCE, **QUIET, **os.environ})  # what the user has set wins
@@ -203,7 +202,7 @@ def connect() -> str:
                     shutil.rmtree(left.parent, ignore_errors=True)  # with half of one, perhaps
         return experiment
     except Exception as error:  # of MLflow, of its database, of the file system
-        place = str(ROOT / "mlflow.db") if uri == default else f"MLFLOW_TRACKING_URI={_shown(uri)}"
+        place = path if uri == _default_uri() else f"MLFLOW_TRACKING_URI={_shown(uri)}"
         raise ValueError(f"MLflow can't keep its runs at {place} ({_reason(error)}).") from None
 
 
