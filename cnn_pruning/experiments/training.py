@@ -244,34 +244,28 @@ def refresh_batch_norms(
     images = integer("images", images, 1)
     loader = batches(ranks.own(data), batch_size, torch.Generator().manual_seed(0))
     frozen = _frozen_norms(model)
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.running_mean is not None]
-    norms = {norm: norm.momentum for norm in norms if norm not in frozen}
-    if not norms:
+    names = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, BATCH_NORM) and m.running_mean is not None and m not in frozen
+    ]
+    if not names:
         return
     if isinstance(data, ranks.Shared) and not data.whole:
         raise ValueError("Every rank needs all of the data: use divide, not pool.")
     ranks.gathered(data, model, None)  # raises if the networks differ
-    device, before = device_of(model), [copy.deepcopy(norm.state_dict()) for norm in norms]
-    with evaluation(model):
-        try:
-            for norm in norms:
-                norm.train()
-                norm.reset_running_stats()
-                norm.momentum = None  # the plain mean
-            with ranks.together(data):
-                for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
-                    outputs_of(model, on_device(inputs, device))
-            ranks.of_all(data, None)  # they meet
-            for norm, values in zip(norms, before, strict=True):
-                if not norm.num_batches_tracked:  # the passes didn't reach it
-                    norm.load_state_dict(values)
-        except BaseException:
-            for norm, values in zip(norms, before, strict=True):
-                norm.load_state_dict(values)
-            raise
-        finally:
-            for norm, momentum in norms.items():
-                norm.momentum = momentum
+    device, trial = device_of(model), copy_of(model).eval()
+    norms = [(model.get_submodule(name), trial.get_submodule(name)) for name in names]
+    for _, norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # the plain mean
+    with ranks.together(data):
+        for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
+            outputs_of(trial, on_device(inputs, device))
+    ranks.of_all(data, None)  # they meet
+    for norm, found in norms:
+        if found.num_batches_tracked:  # the passes reached it
+            norm.load_state_dict(found.state_dict())
     ranks.make_same(model, data)
 
 
