@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -19,8 +19,6 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
-    Sampler,
-    SequentialSampler,
     TensorDataset,
     default_collate,
 )
@@ -149,15 +147,10 @@ def batches(
     if (len(shared) if shared else size) == 0:
         raise ValueError("The dataset is empty: give at least one (image, label).")
     agree(shared, batch_size=batch_size, seed=generator and generator.initial_seed())
-    if generator is None:
-        sampler = SequentialSampler(dataset)
-    else:
-        if shared and not shared.whole:
-            raise ValueError("To train, every rank needs all of the data: use divide, not pool.")
-        sampler = RandomSampler(dataset, generator=generator)
-    sampler = BatchSampler(sampler, batch_size, drop_last=False)
-    if shared:
-        sampler = _Part(sampler, shared.part, training=generator is not None)
+    if generator and shared and not shared.whole:
+        raise ValueError("To train, every rank needs all of the data: use divide, not pool.")
+    order = RandomSampler(dataset, generator=generator) if generator else range(len(dataset))
+    sampler = _Part(order, batch_size, shared.part if shared else slice(None), bool(generator))
     # Without a generator of its own, a DataLoader draws from the caller's random numbers.
     private = torch.Generator()
     if type(dataset) is TensorDataset:  # a subclass may change the images one by one
@@ -167,21 +160,19 @@ def batches(
     return DataLoader(dataset, batch_sampler=sampler, generator=private, collate_fn=_collate)
 
 
-class _Part(Sampler):
+class _Part(BatchSampler):
     """What one rank takes of each mini-batch.
 
     To train, every rank takes part in every mini-batch: where there are fewer images than ranks,
     the first one stands in.
     """
 
-    def __init__(self, batches: Sampler, part: slice, training: bool) -> None:
-        self.batches, self.part, self.training = batches, part, training
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    def __init__(self, order: Iterable[int], batch_size: int, part: slice, training: bool) -> None:
+        super().__init__(order, batch_size, drop_last=False)
+        self.part, self.training = part, training
 
     def __iter__(self) -> Iterator[list[int]]:
-        for indices in self.batches:
+        for indices in super().__iter__():
             part = indices[self.part]
             if part or self.training:
                 yield part or indices[:1]
