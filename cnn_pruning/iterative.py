@@ -169,10 +169,7 @@ def prune_iteratively(
             network = remove(network, chosen)
             training.refresh_batch_norms(network.model, train)
             removed = {name: [kept[name][k] for k in chosen.get(name, [])] for name in kept}
-            kept = {
-                name: [k for k in indices if k not in removed[name]]
-                for name, indices in kept.items()
-            }
+            kept = {name: [k for k in kept[name] if k not in removed[name]] for name in kept}
             for _ in chain(*chosen.values()):
                 advance()
             val_loss, val_accuracy = training.evaluate(network.model, val, cost=cost)

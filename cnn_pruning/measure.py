@@ -26,6 +26,8 @@ from cnn_pruning.network.description import Network
 from cnn_pruning.network.passes import Inputs, device_of, evaluation, on_device, outputs_of
 from cnn_pruning.network.removal import remove
 
+Shape = tuple[int, ...] | Inputs | None
+
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of weights and biases of ``model``."""
@@ -33,7 +35,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, image_shape: tuple[int, ...] | Inputs | None = None) -> int:
+def count_macs(model: nn.Module, image_shape: Shape = None) -> int:
     """Return the multiply-adds of one forward pass over one image; biases are not counted.
 
     ``image_shape`` is (channels, height, width), or a batch of what the network takes, of which the
@@ -158,10 +160,7 @@ class Budget:
 
 
 def latency(
-    *models: nn.Module,
-    batch_size: int,
-    repeats: int = 30,
-    image_shape: tuple[int, ...] | Inputs | None = None,
+    *models: nn.Module, batch_size: int, repeats: int = 30, image_shape: Shape = None
 ) -> list[tuple[float, float, float]]:
     """Return the median and the quartiles of the milliseconds that a forward pass takes.
 
@@ -218,9 +217,7 @@ def buffers_kept() -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _images(
-    model: nn.Module, batch_size: int, image_shape: tuple[int, ...] | Inputs | None
-) -> Inputs:
+def _images(model: nn.Module, batch_size: int, image_shape: Shape) -> Inputs:
     if image_shape is None and isinstance(model, CNN):
         image_shape = model.IMAGE_SHAPE
     leaves = tree_leaves(image_shape)

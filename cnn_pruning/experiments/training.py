@@ -124,8 +124,7 @@ def fit(
     optimizer = torch.optim.Adam(model.parameters(), lr)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=max(1, steps))
-    history = []
-    before = copy.deepcopy(model.state_dict())
+    history, before = [], copy.deepcopy(model.state_dict())
     with (
         in_training(model, ranks.seed_of_rank(seed, train)),
         fast_layout(model),
@@ -147,12 +146,8 @@ def fit(
                         f"The loss is {train_loss} in training and {val_loss} in validation in "
                         f"epoch {number}: use a learning rate lower than {lr}, and check the data."
                     )
-                row = {
-                    "epoch": number,
-                    "train_loss": train_loss,
-                    "val_loss": val_loss,
-                    "val_accuracy": val_accuracy,
-                }
+                row = {"epoch": number, "train_loss": train_loss}
+                row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
                 history.append(row)
                 with ranks.all_or_none(network):
                     if on_epoch is not None:
@@ -235,8 +230,8 @@ def refresh_batch_norms(
 
     Those of a network that has lost filters are stale. The new ones are the mean over the whole
     mini-batches among ``images`` examples, a fixed random part of ``data``; their labels play no
-    part. Batch norms that are frozen stay, as in ``fit``, and those that no image reaches; the
-    other layers are in evaluation mode meanwhile. A network without batch norms isn't run.
+    part. Batch norms that are frozen stay, as in ``fit``, and those that no image reaches. The
+    passes are those of a copy in evaluation mode; without batch norms, there are none.
 
     Every rank does the same with data from ``ranks.divide``, and all end with the same network.
     Raises ``ValueError`` as ``evaluate`` does; the statistics are then as they were.
@@ -244,28 +239,27 @@ def refresh_batch_norms(
     images = integer("images", images, 1)
     loader = batches(ranks.own(data), batch_size, torch.Generator().manual_seed(0))
     frozen = _frozen_norms(model)
-    names = [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, BATCH_NORM) and m.running_mean is not None and m not in frozen
-    ]
-    if not names:
+    trial = copy_of(model).eval()
+    norms = {
+        norm: fresh
+        for norm, fresh in zip(model.modules(), trial.modules(), strict=True)
+        if isinstance(norm, BATCH_NORM) and norm.running_mean is not None and norm not in frozen
+    }
+    if not norms:
         return
     if isinstance(data, ranks.Shared) and not data.whole:
         raise ValueError("Every rank needs all of the data: use divide, not pool.")
     ranks.gathered(data, model, None)  # raises if the networks differ
-    device, trial = device_of(model), copy_of(model).eval()
-    norms = [(model.get_submodule(name), trial.get_submodule(name)) for name in names]
-    for _, norm in norms:
-        norm.train().reset_running_stats()
-        norm.momentum = None  # the plain mean
+    for fresh in norms.values():
+        fresh.train().reset_running_stats()
+        fresh.momentum = None  # the plain mean
     with ranks.together(data):
         for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
-            outputs_of(trial, on_device(inputs, device))
+            outputs_of(trial, on_device(inputs, device_of(model)))
     ranks.of_all(data, None)  # they meet
-    for norm, found in norms:
-        if found.num_batches_tracked:  # the passes reached it
-            norm.load_state_dict(found.state_dict())
+    for norm, fresh in norms.items():
+        if fresh.num_batches_tracked:  # the passes reached it
+            norm.load_state_dict(fresh.state_dict())
     ranks.make_same(model, data)
 
 
