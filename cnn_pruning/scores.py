@@ -29,11 +29,9 @@ def normalize(scores: Scores) -> Scores:
     """
     normalized = {}
     for layer, values in _checked(scores).items():
-        exact = values.double()  # squares underflow in float32
-        largest = exact.abs().max()
-        if largest > 0:
-            exact = exact / largest
-            exact = exact / torch.linalg.vector_norm(exact)
+        exact = values.double()
+        exact = exact / (exact.abs().max() or 1)  # so that no square under- or overflows
+        exact = exact / (exact.norm() or 1)
         dtype = values.dtype if values.is_floating_point() else torch.float32
         normalized[layer] = exact.to(dtype)
     return normalized
