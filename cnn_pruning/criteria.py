@@ -24,9 +24,6 @@ from cnn_pruning.scores import Scores
 PerExample = Callable[[Tensor, Tensor], Tensor]
 """(feature map, gradient), both (N, K, M), to the score of each filter on each example, (N, K)."""
 
-Criterion = Callable[[Network, Dataset, int, Cost | None], Scores]
-"""(network, data, batch size, cost of each example) to scores."""
-
 BINS = 10  # of the activation, for the mutual information
 
 
@@ -262,37 +259,31 @@ def obd(
     return {layer: total / len(data) for layer, total in totals.items()}
 
 
-CRITERIA: dict[str, PerExample | Criterion] = {
-    criterion.__name__: criterion
-    for criterion in (
-        *(taylor, taylor_abs_first, taylor_abs_last, taylor_squared, weight),
-        *(activation_mean, activation_std, apoz, mutual_information, obd),
-        *(random, oracle, oracle_abs),
-    )
-}
 FORWARD_ONLY = (activation_mean, apoz)
 PER_EXAMPLE = (taylor, taylor_abs_first, taylor_squared, *FORWARD_ONLY)
-# The others look at the weights, or at all examples at once
-WHOLE = tuple(criterion for criterion in CRITERIA.values() if criterion not in PER_EXAMPLE)
+NO_DATA = (weight, random)
+# These look at the weights, or at all examples at once
+WHOLE = (taylor_abs_last, activation_std, mutual_information, obd, oracle, oracle_abs, *NO_DATA)
+CRITERIA = {criterion.__name__: criterion for criterion in PER_EXAMPLE + WHOLE}
 
 
 def find(
     criterion: str | PerExample, network: Network | None = None, cost: Cost | None = None
-) -> PerExample | Criterion:
+) -> Callable:
     """Return the criterion of that name, or the function given, if it can be used for ``network``.
 
     Raises ``ValueError`` for an unknown name, and ``TypeError`` if it needs a loss and the network
     puts out probabilities.
     """
-    if not callable(criterion) and (not isinstance(criterion, str) or criterion not in CRITERIA):
+    found = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
+    if not callable(found):
         raise ValueError(
             f"There is no criterion {shown(criterion)}: use {', '.join(map(repr, CRITERIA))}, or a "
             "function of (feature map, gradient)."
         )
-    found = criterion if callable(criterion) else CRITERIA[criterion]
     if found not in WHOLE:
         check_function("The criterion", found, "feature map", "gradient")
-    if network and network.softmax and cost is None and found not in (weight, random):
+    if network and network.softmax and cost is None and found not in NO_DATA:
         raise TypeError(
             f"{network.softmax} is a softmax that puts out probabilities, but cross-entropy takes "
             "logits: leave it out of the network, or use nn.LogSoftmax."
