@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.utils.data import Dataset
 
 from cnn_pruning.experiments.data import batches
@@ -153,26 +154,22 @@ def mutual_information(
 
     Source: Molchanov et al. 2017, section 2.2.
     """
-    means: dict[str, list[Tensor]] = {}
-    labels = []
-    for batch, maps in feature_maps(network, data, batch_size, gradient=False):
-        whole = isinstance(batch, Tensor) and batch.dtype == torch.int64
-        if not whole or batch.dim() != 1 or batch.min() < 0:
+    found = []
+    for labels, maps in feature_maps(network, data, batch_size, gradient=False):
+        whole = isinstance(labels, Tensor) and labels.dtype == torch.int64
+        if not whole or labels.dim() != 1 or labels.min() < 0:
             raise ValueError("Mutual information needs integer labels (N,), from 0 on.")
-        labels.append(batch.cpu())
-        for layer, (z, _) in maps.items():
-            means.setdefault(layer, []).append(activation_mean(z).cpu().double())
-    means = summed(data, network.model, means)  # lists, one after the other
-    labels = summed(data, network.model, {"labels": labels})["labels"]
+        means = {layer: activation_mean(z).cpu().double() for layer, (z, _) in maps.items()}
+        found.append((labels.cpu(), means))
+    found = [batch for of_rank in gathered(data, network.model, found) for batch in of_rank]
+    classes = one_hot(torch.cat([labels for labels, _ in found])).double()  # (N, classes)
     quantiles = torch.arange(1, BINS, dtype=torch.float64) / BINS
     scores = {}
-    for layer, parts in means.items():
-        values = torch.cat(parts).T.contiguous()
+    for layer in network.groups:
+        values = torch.cat([means[layer] for _, means in found]).T.contiguous()
         edges = values.quantile(quantiles, dim=1, interpolation="lower").T.contiguous()
-        intervals = torch.searchsorted(edges, values)
-        one_hot = nn.functional.one_hot(intervals, BINS).double()  # (K, N, BINS)
-        classes = nn.functional.one_hot(torch.cat(labels)).double()  # (N, classes)
-        joint = one_hot.mT @ classes / len(classes)
+        intervals = one_hot(torch.searchsorted(edges, values), BINS).double()  # (K, N, BINS)
+        joint = intervals.mT @ classes / len(classes)
         apart = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
         scores[layer] = (torch.xlogy(joint, joint) - torch.xlogy(joint, apart)).sum((1, 2))
     return scores
