@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.nn.functional import one_hot
 from torch.utils.data import Dataset
 
@@ -184,16 +185,17 @@ def weight(network: Network, *_: object) -> Scores:
     """
     scores = {}
     for name in network.groups:
-        rows = [_rows(network, name, part, layer.weight) for layer, part in _makers(network, name)]
+        weights = [(part, p) for part, p in _parameters(network, name) if p.dim() > 1]
+        rows = [_rows(network, name, part, values) for part, values in weights]
         scores[name] = torch.cat(rows, 1).detach().double().square().mean(1)
     return scores
 
 
-def _makers(network: Network, name: str) -> list[tuple[nn.Module, Part]]:
-    """The layers that make the maps of a group."""
-    parts = network.groups[name].side("out")
-    made = [(network.layer(part.name), part) for part in parts]
-    return [(layer, part) for layer, part in made if isinstance(layer, CONV | nn.Linear)]
+def _parameters(network: Network, name: str) -> list[tuple[Part, nn.Parameter]]:
+    """The weights and biases that make the maps of a group."""
+    layers = [(part, network.layer(part.name)) for part in network.groups[name].side("out")]
+    made = [(part, layer) for part, layer in layers if isinstance(layer, CONV | nn.Linear)]
+    return [(part, p) for part, layer in made for p in (layer.weight, layer.bias) if p is not None]
 
 
 def _rows(network: Network, name: str, part: Part, values: Tensor) -> Tensor:
@@ -230,30 +232,20 @@ def obd(
     network = network.of(copy_of(network.model).eval())
     generator = torch.Generator().manual_seed(seed)
     totals = {name: torch.zeros(k, dtype=torch.float64) for name, k in network.filters().items()}
-    places = [
-        (name, part, parameter)
-        for name in totals
-        for layer, part in _makers(network, name)
-        for parameter in (layer.weight, layer.bias)
-        if parameter is not None
-    ]
+    places = [(name, *place) for name in totals for place in _parameters(network, name)]
     parameters = [parameter.requires_grad_() for *_, parameter in places]  # what is frozen, too
     for images, labels in loader if places else ():
         images, labels = passes.on_device((images, labels), device)
         loss = passes.summed_loss(passes.outputs_of(network.model, images), labels, cost)
-        signs = [
-            (2.0 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in parameters
-        ]
+        signs = [torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1 for p in parameters]
         with passes.differentiable(loss):
-            slopes = torch.autograd.grad(
-                loss, parameters, create_graph=True, materialize_grads=True
-            )
-            curved = torch.autograd.grad(slopes, parameters, signs, materialize_grads=True)
+            slopes = grad(loss, parameters, create_graph=True, materialize_grads=True)
+            curved = grad(slopes, parameters, signs, materialize_grads=True)
         for (name, part, p), v, hv in zip(places, signs, curved, strict=True):
             saliency = _rows(network, name, part, p.detach().square() * v * hv).sum(1)
             totals[name] += saliency.cpu().double() / 2
     totals = summed(data, network.model, totals)
-    return {layer: total / len(data) for layer, total in totals.items()}
+    return {name: total / len(data) for name, total in totals.items()}
 
 
 FORWARD_ONLY = (activation_mean, apoz)
