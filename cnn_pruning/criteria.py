@@ -244,8 +244,7 @@ def obd(
         for (name, part, p), v, hv in zip(places, signs, curved, strict=True):
             saliency = _rows(network, name, part, p.detach().square() * v * hv).sum(1)
             totals[name] += saliency.cpu().double() / 2
-    totals = summed(data, network.model, totals)
-    return {name: total / len(data) for name, total in totals.items()}
+    return {name: total / len(data) for name, total in summed(data, network.model, totals).items()}
 
 
 FORWARD_ONLY = (activation_mean, apoz)

@@ -53,8 +53,7 @@ def oracle(
                         with on_feature_maps(network.only({name}.__contains__), zero({name: [k]})):
                             masked = outputs_of(model, images)
                     change[name][k] += summed_loss(masked, labels, cost).cpu().double() - base
-    change = summed(data, model, change)
-    return {name: total / len(data) for name, total in change.items()}
+    return {name: total / len(data) for name, total in summed(data, model, change).items()}
 
 
 def oracle_abs(
