@@ -60,9 +60,8 @@ def filter_scores(
     filters can go exactly. Those that can't are left out, with a warning that names them and says
     why; so are filters of the layers in ``keep``, and those that put out the network's own outputs.
 
-    In a distributed program too, each process scores by itself and exchanges nothing, unless its
-    ``data`` come from ``ranks.divide`` or ``ranks.pool``. Then all ranks call this, and all of them
-    return the scores on all of the data.
+    Several ranks score together, and all return the same, if their ``data`` come from
+    ``ranks.divide`` or ``ranks.pool``.
 
     Raises ``TypeError`` if no filter can go, ``ValueError`` for an unknown criterion or layer, an
     empty dataset, data that the network can't take, or outputs that are probabilities (a
@@ -180,13 +179,11 @@ class TaylorPruner:
         if self.scores is None:
             raise RuntimeError("There are no scores yet: call score(data) first.")
         compared = normalized(self.scores) if self.normalize else self.scores
+        limits = self.min_filters, self.network.names_of(self.keep), self.max_share
         multiples = in_filters(self.multiple_of, self.network)
 
         def lowest(count: int) -> Filters:
-            kept = self.network.names_of(self.keep)
-            return select_filters(
-                compared, count, self.min_filters, kept, self.max_share, multiples
-            )
+            return select_filters(compared, count, *limits, multiples)
 
         if (n is None) != bool(budget):
             raise ValueError(
