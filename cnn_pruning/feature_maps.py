@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from cnn_pruning.experiments.data import batches, few_images
 from cnn_pruning.network import passes
 from cnn_pruning.network.description import IN_OUTPUTS, ONE_MAP, Network, is_inside, names_of
-from cnn_pruning.network.maps import Maps, Seen, on_feature_maps, side_by_side, with_gradient
+from cnn_pruning.network.maps import Maps, maps_seen, side_by_side
 from cnn_pruning.network.passes import Cost, Inputs, size_of
 from cnn_pruning.network.reading import check_keep, only_exact, read
 
@@ -75,9 +75,8 @@ def check_maps(network: Network) -> None:
     In a mini-batch, that many time steps as examples would pass for examples.
     """
     if network.images is not None:
-        found: list[Seen] = []
         network = network.of(passes.copy_of(network.model).eval())
-        with torch.no_grad(), on_feature_maps(network, found.append):
+        with torch.no_grad(), maps_seen(network) as found:
             passes.outputs_of(network.model, network.images)
         side_by_side(network, found, size_of(network.images))
 
@@ -104,23 +103,15 @@ def feature_maps(
     if device.type == "cpu" and type(data) is TensorDataset:  # small batches make small pieces
         loader = batches(data, max(int(batch_size), JOINED))
     for images, labels in passes.pieces(loader, device, lambda: at_once[0]):
-        found: list[Seen] = []
-
-        def keep(seen: Seen, found: list[Seen] = found) -> Tensor | None:
-            found.append(seen)
-            return with_gradient(seen) if gradient else None
-
         with torch.inference_mode(False), torch.set_grad_enabled(gradient):
-            with passes.evaluation(model), on_feature_maps(network, keep):
+            with passes.evaluation(model), maps_seen(network, gradient) as found:
                 outputs = passes.outputs_of(model, images)
             if gradient and found:  # of the sum, so that each example has its own
                 loss = passes.summed_loss(outputs, labels, cost)
                 with passes.differentiable(loss):
-                    maps = [seen.z for seen in found]
-                    slopes = torch.autograd.grad(loss, maps, allow_unused=True)
-                for seen, slope in zip(found, slopes, strict=True):
-                    seen.slope = torch.zeros_like(seen.z) if slope is None else slope
-                    unseen |= seen.parts.keys() if slope is None else set()
+                    loss.backward(inputs=[seen.z for seen in found])
+                for seen in found:
+                    unseen |= seen.parts.keys() if seen.z.grad is None else set()
         size = sum(seen.z.nbytes for seen in found) or 1
         at_once[0] = max(FEWEST, size_of(images) * BYTES // size)
         yield labels, side_by_side(network, found, size_of(images))

@@ -18,7 +18,7 @@ from cnn_pruning.feature_maps import check_maps, scorable
 from cnn_pruning.measure import Budget, count_macs, count_parameters
 from cnn_pruning.network.checks import check_function, integer
 from cnn_pruning.network.description import Network
-from cnn_pruning.network.maps import Seen, on_feature_maps, side_by_side, with_gradient
+from cnn_pruning.network.maps import maps_seen, side_by_side
 from cnn_pruning.network.passes import Cost, Inputs, copy_of
 from cnn_pruning.network.reading import check_keep
 from cnn_pruning.network.removal import remove
@@ -217,29 +217,19 @@ def _train(
     precision = training.mixed_precision(network.model)
     optimizer = torch.optim.Adam(network.model.parameters(), lr)
     mean = MeanOverExamples(per_example)
-    found: list[Seen] = []
     total = 0.0
-
-    def keep(seen: Seen) -> Tensor | None:
-        found.append(seen)
-        after = with_gradient(seen)
-        seen.z.retain_grad()
-        return after
-
     watched = network if per_example else network.only(lambda name: False)
     seed = ranks.seed_of_rank(seed, train)
-    with training.in_training(network.model, seed), on_feature_maps(watched, keep):
+    with training.in_training(network.model, seed), maps_seen(watched, gradient=True) as found:
         parallel = ranks.in_parallel(network.model, train)
         for _ in range(updates):
             loss, size, divisor = training.update(parallel, optimizer, stream, precision, cost)
             total += loss
-            counted = found if per_example and divisor < math.inf else ()
-            for seen in counted:  # the gradient of each example's own loss, not of the mean
-                slope = torch.zeros_like(seen.z) if seen.z.grad is None else seen.z.grad
-                seen.z, seen.slope = _exact(seen.z), _exact(slope) * divisor
             with ranks.all_or_none(parallel):
-                if counted:
-                    mean.add(side_by_side(network, found, size))
+                if per_example and divisor < math.inf:
+                    maps = side_by_side(network, found, size)
+                    # The gradient of each example's own loss, not of the mean
+                    mean.add({n: (_exact(z), _exact(s) * divisor) for n, (z, s) in maps.items()})
             found.clear()
     ranks.make_same(network.model, train)
     loss = ranks.summed(train, network.model, {"loss": float(total)})["loss"]

@@ -40,8 +40,6 @@ class Seen:
     z: Tensor
     axis: int
     parts: dict[str, Part]
-    slope: Tensor | None = None
-    """The gradient of the loss there."""
 
 
 Act = Callable[[Seen], Tensor | None]
@@ -62,7 +60,10 @@ def side_by_side(network: Network, found: list[Seen], examples: int) -> Maps:
                     "forward, call it once for each image of an example, and let the examples be "
                     "the first axis (batch_first=True)."
                 )
-            for row, values in zip(rows[name], (seen.z.detach(), seen.slope), strict=True):
+            slope = seen.z.grad
+            if slope is None and seen.z.requires_grad:  # the loss doesn't depend on it
+                slope = torch.zeros_like(seen.z)
+            for row, values in zip(rows[name], (seen.z.detach(), slope), strict=True):
                 if values is not None:
                     values = values.movedim(seen.axis, 1)
                     row.append(by_filter(values, part, network.groups[name].filters))
@@ -79,22 +80,34 @@ def side_by_side(network: Network, found: list[Seen], examples: int) -> Maps:
     return {name: tuple(map(joined, row)) for name, row in rows.items()}
 
 
-def with_gradient(seen: Seen) -> Tensor | None:
-    """Let a feature map have a gradient; return what has to take its place in the network.
+@contextmanager
+def maps_seen(network: Network, gradient: bool = False) -> Iterator[list[Seen]]:
+    """List the maps that are seen in the block, ready to have a ``gradient`` if it is asked for.
 
-    Where all that lies before it is frozen, it has none of its own. Raises ``UnreadableError`` if
-    the network's own ``forward`` switches gradients off there.
+    Raises ``UnreadableError`` if the network's own ``forward`` switches gradients off there.
     """
-    if not torch.is_grad_enabled():
-        raise UnreadableError(
-            f"{', '.join(seen.parts)} runs under torch.no_grad() in the network's forward, or in "
-            "gradient checkpointing with use_reentrant=True, so its filters have no gradient: "
-            "freeze it by requires_grad_(False) instead, and switch checkpointing off."
-        )
-    if seen.z.requires_grad:
-        return None
-    seen.z = seen.z.detach().requires_grad_()
-    return seen.z.clone()  # a layer behind it may work in place, which a leaf can't take
+    found: list[Seen] = []
+
+    def note(seen: Seen) -> Tensor | None:
+        if not gradient:
+            found.append(replace(seen, z=seen.z.detach()))
+            return None
+        found.append(seen)
+        if not torch.is_grad_enabled():
+            raise UnreadableError(
+                f"{', '.join(seen.parts)} runs under torch.no_grad() in the network's forward, or "
+                "in gradient checkpointing with use_reentrant=True, so its filters have no "
+                "gradient: freeze it by requires_grad_(False) instead, and switch checkpointing "
+                "off."
+            )
+        if seen.z.requires_grad:
+            seen.z.retain_grad()
+            return None
+        seen.z = seen.z.detach().requires_grad_()  # all that lies before it is frozen
+        return seen.z.clone()  # a layer behind it may work in place, which a leaf can't take
+
+    with on_feature_maps(network, note):
+        yield found
 
 
 def zero(filters: Filters) -> Act:
