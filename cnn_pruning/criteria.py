@@ -228,13 +228,13 @@ def obd(
 
     Source: LeCun, Denker, Solla 1990; Molchanov et al. 2017, section 2.2 and appendix.
     """
-    loader, device = batches(data, batch_size), passes.device_of(network.model)
+    device = passes.device_of(network.model)
     network = network.of(copy_of(network.model).eval())
     generator = torch.Generator().manual_seed(seed)
     totals = {name: torch.zeros(k, dtype=torch.float64) for name, k in network.filters().items()}
     places = [(name, *place) for name in totals for place in _parameters(network, name)]
     parameters = [parameter.requires_grad_() for *_, parameter in places]  # what is frozen, too
-    for images, labels in loader if places else ():
+    for images, labels in batches(data, batch_size):
         images, labels = passes.on_device((images, labels), device)
         loss = passes.summed_loss(passes.outputs_of(network.model, images), labels, cost)
         signs = [torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1 for p in parameters]

@@ -69,10 +69,7 @@ def oracle_abs(
 def _outputs_and_last(
     model: nn.Module, images: Inputs
 ) -> tuple[object, nn.Linear | None, Tensor | None]:
-    """The outputs, and the linear layer that puts them out, with its input, if there is one.
-
-    What was changed in place since is something else.
-    """
+    """The outputs, and the linear layer they are of, with its input, if both are still the same."""
     seen = []
 
     def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None:

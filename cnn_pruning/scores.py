@@ -107,8 +107,7 @@ def spare_filters(
 ) -> dict[str, int]:
     """Return how many filters each layer can lose, of ``widths`` filters, down to a multiple.
 
-    Raises ``ValueError`` for ``min_filters`` below 1, a ``max_share`` that isn't from 0 to 1 or a
-    name that isn't a layer, and ``TypeError`` if ``keep`` doesn't hold names.
+    Raises ``ValueError`` or, if ``keep`` doesn't hold names, ``TypeError``.
     """
     least = by_layer("min_filters", min_filters, widths)
     number = isinstance(max_share, int | float) and not isinstance(max_share, bool)
@@ -132,9 +131,7 @@ def by_layer(name: str, value: ByLayer, layers: Collection[str]) -> dict[str, in
 
 
 def in_filters(multiple_of: ByLayer, network: Network) -> dict[str, int]:
-    """Return ``multiple_of`` by group in filters: it counts channels, of which a filter may have
-    several.
-    """
+    """Return by group, in filters, what ``multiple_of`` says in channels of its first layer."""
     multiples = by_layer("multiple_of", multiple_of, network.groups)
     each = {name: group.channels() // group.filters for name, group in network.groups.items()}
     return {name: k // math.gcd(k, each[name]) for name, k in multiples.items()}
