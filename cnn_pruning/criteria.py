@@ -94,7 +94,7 @@ class MeanOverExamples:
                     f"{tuple(z.shape[:2])} for {layer}, but it returned {kind_of(values)}."
                 )
             total = values.cpu().sum(0, dtype=torch.float64)  # not every device has float64
-            self.totals[layer] = self.totals[layer] + total if layer in self.totals else total
+            self.totals[layer] = self.totals.get(layer, 0) + total
         self.examples += len(z)
 
     def scores(self, model: nn.Module, data: Dataset) -> Scores:
@@ -127,7 +127,7 @@ def taylor_abs_last(network: Network, data: Dataset, batch_size: int, cost: Cost
     return {layer: values.abs() for layer, values in signed.items()}
 
 
-def activation_std(network: Network, data: Dataset, batch_size: int, cost: Cost | None) -> Scores:
+def activation_std(network: Network, data: Dataset, batch_size: int, *_: object) -> Scores:
     """The standard deviation of the feature map's values, over positions and examples together.
 
     The paper doesn't say over what; with a mean per example, as for the other criteria, maps of one
@@ -140,14 +140,11 @@ def activation_std(network: Network, data: Dataset, batch_size: int, cost: Cost 
     for _, maps in feature_maps(network, data, batch_size, gradient=False):
         mean.add(maps)
         square.add(maps)
-    means = mean.scores(network.model, data)
-    squares = square.scores(network.model, data)
+    means, squares = (each.scores(network.model, data) for each in (mean, square))
     return {n: (squares[n] - means[n].square()).clamp(min=0).sqrt() for n in means}
 
 
-def mutual_information(
-    network: Network, data: Dataset, batch_size: int, cost: Cost | None = None
-) -> Scores:
+def mutual_information(network: Network, data: Dataset, batch_size: int, *_: object) -> Scores:
     """The information (nats) that a filter's quantized activation gives about the label.
 
     I(a, y) = sum p(a, y) log(p(a, y) / p(a) p(y)). The paper leaves open what is quantized, and
