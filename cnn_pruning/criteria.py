@@ -247,9 +247,11 @@ def obd(
 FORWARD_ONLY = (activation_mean, apoz)
 PER_EXAMPLE = (taylor, taylor_abs_first, taylor_squared, *FORWARD_ONLY)
 NO_DATA = (weight, random)
-# These look at the weights, or at all examples at once
-WHOLE = (taylor_abs_last, activation_std, mutual_information, obd, oracle, oracle_abs, *NO_DATA)
-CRITERIA = {criterion.__name__: criterion for criterion in PER_EXAMPLE + WHOLE}
+FAMILY = (taylor, taylor_abs_first, taylor_abs_last, taylor_squared, weight)
+OTHERS = (activation_mean, activation_std, apoz, mutual_information, obd)
+CRITERIA = {each.__name__: each for each in (*FAMILY, *OTHERS, random, oracle, oracle_abs)}
+# The others look at the weights, or at all examples at once
+WHOLE = tuple(each for each in CRITERIA.values() if each not in PER_EXAMPLE)
 
 
 def find(
