@@ -338,7 +338,7 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
                 active = mlflow.start_run(**place, **about)
             yield active
             with _recording(f"record the run {name!r}", active):
-                _end("FINISHED", lock, hand_over=False)
+                _end("FINISHED", lock)
         except BaseException as error:
             _end_with(error, name, lock)
             raise
