@@ -9,8 +9,7 @@ Source: the dependency graph of Fang et al. 2023 (arXiv 2301.12900).
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -25,7 +24,7 @@ from torch_pruning.ops import OPTYPE, _OutputOp
 
 from cnn_pruning.network.checks import first_line
 from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, ONE_MAP, Group, Part
-from cnn_pruning.network.passes import Inputs, UnreadableError, outputs_of, training_flags
+from cnn_pruning.network.passes import Inputs, UnreadableError, outputs_of
 from cnn_pruning.network.removal import is_depthwise, size_name
 
 MAPPINGS = {
@@ -82,27 +81,20 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
                 f"In training, {name} takes what {trained[name]} puts out, but in evaluation what "
                 f"{maker} does: only dropout and batch norm may differ."
             )
-    in_training = trained.keys() - evaluated.keys()
-    reader = _Reader(traced, _graph(traced, images, both=bool(in_training)))
+    both = not trained.keys() <= evaluated.keys()
+    reader = _Reader(traced, _graph(traced, images, both))
     groups, seen = {}, set()
-    unused = "forward doesn't call it as a layer"
-    left_out = {
-        name: "it is used in training alone" if name in in_training else unused
-        for name, layer in traced.named_modules()
-        if isinstance(layer, CONV) and name not in evaluated
-    }
-    convolutions = {n: isinstance(traced.get_submodule(n), CONV) for n in evaluated}
-    # They come first, because a group has the name of a convolution, if there is one in it.
-    for name in sorted(evaluated, key=lambda name: not convolutions[name]):
-        layer = traced.get_submodule(name)
+    others = [n for n, m in traced.named_modules() if isinstance(m, CONV) and n not in evaluated]
+    left_out = dict.fromkeys(others, "forward doesn't call it as a layer")
+    left_out |= {n: "it is used in training alone" for n in others if n in trained}
+    layers = {name: traced.get_submodule(name) for name in evaluated}
+    # Convolutions first, because a group has the name of one, if there is one in it.
+    for name, layer in sorted(layers.items(), key=lambda item: not isinstance(item[1], CONV)):
         if not isinstance(layer, CONV | nn.Linear) or layer in seen:
             continue
         seen.add(layer)
         try:
-            group, together = reader.group(name, layer)
-            if group.filters == 1 < group.channels():
-                raise _Obstacle(f"{group.channels()} filters that can only go together")
-            groups[name] = group
+            groups[name], together = reader.group(name)
             seen |= together
         except _Obstacle as obstacle:
             left_out[name] = str(obstacle)
@@ -115,23 +107,23 @@ def _layers_used(network: nn.Module, images: Inputs, training: bool) -> dict[str
     In training, a network that can't take these few images uses none.
     """
     used: dict[str, str] = {}
-    with ExitStack() as stack:
-        for name, layer in network.named_modules():
-            if isinstance(layer, CONV | nn.Linear) or not any(layer.children()):
+    names = {layer: name for name, layer in network.named_modules()}
 
-                def record(_: nn.Module, inputs: tuple, name: str = name) -> None:
-                    used.setdefault(name, getattr(next(iter(inputs), None), "_maker", ""))
+    def note(layer: nn.Module, inputs: tuple) -> None:
+        used.setdefault(names[layer], getattr(next(iter(inputs), None), "_maker", ""))
 
-                stack.callback(layer.register_forward_pre_hook(record).remove)
-        for context in (torch.no_grad(), training_flags(network), _Makers(training)):
-            stack.enter_context(context)
-        network.train(training)
-        try:
+    seen = (m for m in names if isinstance(m, CONV | nn.Linear) or not any(m.children()))
+    hooks = [layer.register_forward_pre_hook(note) for layer in seen]
+    network.train(training)
+    try:
+        with torch.no_grad(), _Makers(training):
             outputs_of(network, images)
-        except ValueError:
-            if not training:
-                raise
-            return {}
+    except ValueError:
+        if not training:
+            raise
+        used.clear()
+    for hook in hooks:
+        hook.remove()
     return used
 
 
@@ -146,6 +138,7 @@ class _Makers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
+        given = {"train": args[2] if len(args) > 2 else False, **(kwargs or {})}
         output = function(*args, **(kwargs or {}))
         chosen = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
         if (name in BY_VALUE or chosen) and not self.training:
@@ -153,21 +146,16 @@ class _Makers(TorchFunctionMode):
                 "The network's forward depends on values that it computes (an if on a tensor, or "
                 f"{name.strip('_')}), so it can't be read from a few images."
             )
-        if name in DRAWS and not self.training:
+        drops = "dropout" in name
+        draws = name in DRAWS or (drops and given.get("training", given["train"]))
+        if draws and not self.training:
             raise UnreadableError(
                 f"The network's forward draws random numbers in evaluation, too ({name}), so that "
-                "no score would be the same twice: draw if self.training only."
+                "no score would be the same twice: draw if self.training only (nn.Dropout, or "
+                "training=self.training)."
             )
-        if "dropout" in name:
-            given = {"train": args[2] if len(args) > 2 else False, **(kwargs or {})}
-            if not self.training and given.get("training", given["train"]):
-                raise UnreadableError(
-                    f"{name} drops in evaluation, too (write nn.Dropout, or "
-                    "training=self.training)."
-                )
-            name = getattr(args[0], "_maker", "")
         if isinstance(output, Tensor):
-            output._maker = name
+            output._maker = getattr(given.get("input", *args[:1]), "_maker", "") if drops else name
         return output
 
 
@@ -175,31 +163,28 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
     """Torch-Pruning's graph of evaluation, or of ``both`` modes: then layers that are used in
     training alone are tied, too.
     """
+    own: dict[nn.Parameter, int | None] = {}
     for layer in traced.modules():
         if getattr(layer, "inplace", False):  # on a view, it would take layers out of the graph
             layer.inplace = False
-        # The graph sees parameters: make one's own buffers such
-        for name, value in [*layer._buffers.items()]:
-            if not isinstance(layer, NORMS) and value is not None and value.is_floating_point():
+        if isinstance(layer, NORMS):
+            continue
+        for name, value in [*layer._buffers.items()]:  # the graph sees parameters alone
+            if value is not None and value.is_floating_point():
                 del layer._buffers[name]
                 layer.register_parameter(name, nn.Parameter(value))
+        if not isinstance(layer, CONV | nn.Linear):
+            own |= {parameter: _axis_of(parameter) for parameter in layer.parameters(recurse=False)}
     traced.requires_grad_()
     # A PReLU with one slope has no channels. As a layer of the graph it would tie those of all the
     # places where it is used, and the graph would take its slope for the maps.
     plain = [m for m in traced.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]
     nn.ModuleList(plain).requires_grad_(False)
-    own = {
-        parameter: _axis_of(parameter)
-        for layer in traced.modules()
-        for parameter in layer.parameters(recurse=False)
-        if not isinstance(layer, CONV | nn.Linear | NORMS)
-    }
-    inputs = [x.clone() for x in tree_leaves(images)]
-    first = []
-    for x in inputs:
-        channels = x.is_floating_point() and x.dim() > 1
-        first.append(_Images(x.shape[1], affine=False) if channels else nn.Identity())
-        x.requires_grad_(x.is_floating_point())
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in tree_leaves(images)]
+    first = [
+        _Images(x.shape[1], affine=False) if x.requires_grad and x.dim() > 1 else nn.Identity()
+        for x in inputs
+    ]
 
     def forward(whole: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         found = []
@@ -236,12 +221,10 @@ def _graph(traced: nn.Module, images: Inputs, both: bool) -> torch_pruning.Depen
 
 def _axis_of(parameter: Tensor) -> int | None:
     """The axis of the channels: of (1, C, H, W) or more, (C, H, W), or the last longer than 1."""
-    if parameter.dim() > 3:
-        return 1 if len(parameter) == 1 < parameter.shape[1] else None
-    if parameter.dim() == 3 and len(parameter) > 1:
-        return 0
     longer = [axis for axis, size in enumerate(parameter.shape) if size > 1]
-    return longer[-1] if longer else None
+    usual = 0 if parameter.dim() == 3 else 1
+    of_maps = parameter.dim() > 2 and longer[:1] == [usual]
+    return usual if of_maps else max(longer, default=None)
 
 
 def _map_slice(graph: torch_pruning.DependencyGraph, node) -> None:
@@ -270,12 +253,7 @@ class _Reader:
         self.traced, self.graph = traced, graph
         self.names = {layer: name for name, layer in traced.named_modules()}
         self.names |= {parameter: name for name, parameter in traced.named_parameters()}
-        self.uses = Counter(
-            value
-            for layer in traced.modules()
-            for value in (*layer._parameters.values(), *layer._buffers.values())
-            if value is not None
-        )
+        self.uses = Counter(w for layer in traced.modules() for w in layer._parameters.values())
         sizes = [size for parameter in traced.parameters() for size in parameter.shape]
         self.most = 2 * max(sizes, default=0)  # more channels are a sign of a misread operation
         self.broken = set()
@@ -288,46 +266,48 @@ class _Reader:
                 except Exception:  # Torch-Pruning can't say what this operation does to channels
                     self.broken.add(node)
 
-    def group(self, name: str, layer: nn.Module) -> tuple[Group, set[nn.Module]]:
+    def group(self, name: str) -> tuple[Group, set[nn.Module]]:
         """The group of a layer's filters, and the layers whose channels are all in it."""
-        if layer not in self.graph.module2node:
+        root = self.graph.module2node.get(self.traced.get_submodule(name))
+        if root is None:
             raise _Obstacle(
                 "no gradient comes back from the outputs to it: it runs under torch.no_grad(), in "
                 "gradient checkpointing or before a detach() in forward, or its output isn't used"
             )
-        size = getattr(layer, size_name(layer, "out"))
-        found, owner = self._follow(self.graph.module2node[layer], size)
+        size = getattr(root.module, size_name(root.module, "out"))
+        found, leader = self._follow(root, size)
         operations = {_named(node) for node, _ in found if node.module not in self.names}
         passed = tuple(sorted(operations - HARMLESS))
         if any(isinstance(node.module, _OutputOp) for node, _ in found):
             taken = any(side == "in" and node.module in self.names for node, side in found)
             raise _Obstacle(IN_OUTPUTS + ", too" * taken)
-        classes = sorted({owner(k) for k in range(size)})
-        number = {k: i for i, k in enumerate(classes)}
+        number = {k: i for i, k in enumerate(sorted({*leader}))}
         parts, together = [], set()
         for (node, side), known in found.items():
-            if node.module in self.names:  # and not an operation
-                channels = sorted(known)
-                owners = torch.tensor([number[owner(known[c])] for c in channels])
-                part = self._part(node, side, torch.tensor(channels), owners)
-                if part is None or len(set(owners.bincount(minlength=len(classes)).tolist())) > 1:
-                    raise _Obstacle(counts_on_them(passed))
-                parts.append(part)
-                together |= {node.module} if side == "out" else set()
+            layer = node.module
+            if layer not in self.names:  # an operation
+                continue
+            if isinstance(layer, nn.Parameter):
+                side, axis, width = "", node.pruning_dim, layer.shape[node.pruning_dim]
+            else:
+                axis, width = 0, getattr(layer, size_name(layer, side))
+            channels = sorted(known)
+            owners = torch.tensor([number[leader[known[c]]] for c in channels])
+            uneven = len(owners.bincount(minlength=len(number)).unique()) > 1
+            if uneven or channels[-1] >= width:
+                raise _Obstacle(counts_on_them(passed))
+            parts.append(Part(self.names[layer], side, torch.tensor(channels), owners, axis))
+            together |= {layer} if side == "out" else set()
+        if len(number) == 1 < size:
+            raise _Obstacle(f"{size} filters that can only go together")
         parts.sort(key=lambda part: (part.name != name, part.side == "in"))
-        return Group(len(classes), tuple(parts), passed), together
+        return Group(len(number), tuple(parts), passed), together
 
-    def _follow(self, root, size: int) -> tuple[dict[tuple, dict[int, int]], Callable[[int], int]]:
+    def _follow(self, root, size: int) -> tuple[dict[tuple, dict[int, int]], list[int]]:
         """All (layer or operation, side) that the filters of ``root`` are tied to, with the filter
-        that each channel there goes with; and which filter speaks for all that go together.
+        that each channel there goes with; and for each filter the first that it goes with.
         """
         leader = list(range(size))
-
-        def owner(k: int) -> int:
-            while leader[k] != k:
-                k = leader[k]
-            return k
-
         found: dict[tuple, dict[int, int]] = {}
 
         def mixed(node) -> _Obstacle:
@@ -351,8 +331,9 @@ class _Reader:
             for pair in pairs:
                 for channel in _tied(node.module, side, pair.idx):
                     if channel in known:
-                        one, other = sorted((owner(known[channel]), owner(pair.root_idx)))
-                        leader[other] = one
+                        both = {leader[known[channel]], leader[pair.root_idx]}
+                        if len(both) > 1:
+                            leader = [min(both) if k in both else k for k in leader]
                     else:
                         known[channel] = pair.root_idx
                         new.append(_HybridIndex(idx=channel, root_idx=pair.root_idx))
@@ -371,43 +352,30 @@ class _Reader:
                     if pairs:
                         out = self.graph.is_out_channel_pruning_fn(dependency.handler)
                         stack.append((dependency.target, "out" if out else "in", pairs))
-        return found, owner
+        return found, leader
 
     def _check(self, node) -> None:
         """Raise ``_Obstacle`` for what can't lose channels."""
-        layer = node.module
+        layer, name = node.module, self.names.get(node.module)
         if isinstance(layer, _Images):
             raise _Obstacle("their maps are combined with the images")
         if node in self.broken:
             raise _Obstacle(f"{_named(node)} mixes them")
-        if layer not in self.names:
+        if name is None:
             return
-        name = self.names[layer]
+        known, own = isinstance(layer, CONV | nn.Linear | NORMS), False
         if isinstance(layer, nn.Parameter):
             name = name.rpartition(".")[0]
             layer = self.traced.get_submodule(name)
-            known = not type(layer).__module__.startswith("torch.nn.")
-        else:
-            known = isinstance(layer, CONV | nn.Linear | NORMS)
-        if not known:
+            own = not type(layer).__module__.startswith("torch.nn.")
+        if not known and not own:
             raise _Obstacle(f"{name} is a {type(layer).__name__}, which needs all of them")
         if any(self.uses[value] > 1 for value in layer.parameters(recurse=False)):
             raise _Obstacle(f"{name} shares a weight with another layer")
-        if isinstance(node.module, CONV | nn.Linear | NORMS) and "weight" not in layer._parameters:
+        if known and "weight" not in layer._parameters:
             raise _Obstacle(
                 f"{name} has a weight that is computed from others (use remove_parametrizations)"
             )
-
-    def _part(self, node, side: str, channels: Tensor, owners: Tensor) -> Part | None:
-        """The part of a group that a layer or parameter is, None if these can't be its channels."""
-        layer, name = node.module, self.names[node.module]
-        if isinstance(layer, nn.Parameter):
-            size = layer.shape[node.pruning_dim]
-            part = Part(name, "", channels, owners, node.pruning_dim)
-        else:
-            size = getattr(layer, size_name(layer, side), 0)
-            part = Part(name, side, channels, owners)
-        return part if channels[-1] < size else None
 
 
 def _tied(layer: object, side: str, channel: int) -> Iterable[int]:
