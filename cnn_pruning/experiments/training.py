@@ -30,7 +30,6 @@ from cnn_pruning.network.passes import (
     pieces,
     size_of,
     summed_loss,
-    training_flags,
 )
 
 Row = dict[str, int | float]
@@ -196,15 +195,14 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
 
     Afterwards its flags and the caller's random numbers are as before, and no gradient is left.
     """
-    device = device_of(model)
+    device, frozen = device_of(model), _frozen_norms(model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        training_flags(model),
+        evaluation(model),  # which restores the flags
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        frozen = _frozen_norms(model)
         model.train()
         for norm in frozen:
             norm.eval()

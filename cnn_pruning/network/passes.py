@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from cnn_pruning.network.checks import check_function, check_module, first_line, kind_of
 
@@ -27,22 +27,15 @@ class UnreadableError(TypeError):
 
 
 @contextmanager
-def training_flags(model: nn.Module) -> Iterator[None]:
-    """Restore the training flag of every module of ``model`` at the end of the block."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """``model`` is in evaluation mode for the block; its training flags are restored after it."""
-    with training_flags(model):
+    """``model`` is in evaluation mode for the block; all its training flags are restored after."""
+    flags = {module: module.training for module in model.modules()}
+    try:
         model.eval()
         yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
 
 
 @contextmanager
@@ -71,13 +64,8 @@ def copy_of(model: nn.Module) -> nn.Module:
 
     Raises ``TypeError`` if the network holds something that can't be copied.
     """
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        memo |= {
-            id(value): value.detach().clone()
-            for value in tree_leaves([*vars(module).values()])
-            if isinstance(value, Tensor) and not value.is_leaf
-        }
+    kept = tree_leaves([[*vars(module).values()] for module in model.modules()])
+    memo = {id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
     try:
         with torch.inference_mode(False):
             return copy.deepcopy(model, memo)
@@ -215,16 +203,12 @@ def check_labels(outputs: Tensor, labels: Tensor) -> None:
         )
 
 
+@torch.inference_mode(False)  # where a copy is free of it
 def on_device(values: object, device: torch.device) -> object:
     """``values`` with all tensors on ``device``, and free of inference mode."""
-
-    def moved(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return value
-        with torch.inference_mode(False):  # where a copy is free of it
-            return value.clone().to(device) if value.is_inference() else value.to(device)
-
-    return tree_map(moved, values)
+    return tree_map_only(
+        Tensor, lambda x: (x.clone() if x.is_inference() else x).to(device), values
+    )
 
 
 def pieces(
