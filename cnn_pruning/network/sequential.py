@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnn_pruning.network.checks import shown
 from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, Group, Network, Part
+from cnn_pruning.network.removal import size_name
 
 
 def _layers(names: str) -> tuple[type[nn.Module], ...]:
@@ -59,22 +60,17 @@ def read_sequential(model: nn.Module) -> Network:
         if tensors & used:
             raise UnknownLayer(f"{name} is used twice, or shares a weight")
         used |= tensors
-        if isinstance(layer, BATCH_NORM) and conv:
-            parts.append(_part(name, "out", layer.num_features, conv[1]))
-        elif isinstance(layer, nn.Flatten):
-            rows = True
-        elif (isinstance(layer, nn.Linear) and not rows) or (
-            isinstance(layer, (CONV, *POOLING)) and rows
-        ):
+        if isinstance(layer, (CONV, nn.Linear, *POOLING)) and isinstance(layer, nn.Linear) != rows:
             kind = "rows" if rows else "maps"
             raise UnknownLayer(f"{name} is a {type(layer).__name__} that takes {kind}")
-        elif isinstance(layer, CONV | nn.Linear) and conv:
-            size = layer.in_features if rows else layer.in_channels
-            parts.append(_part(name, "in", size, conv[1]))
-            groups[conv[0]] = Group(conv[1], tuple(parts))
-        if isinstance(layer, CONV | nn.Linear):
-            rows = isinstance(layer, nn.Linear)
-            width = layer.out_features if rows else layer.out_channels
+        rows = rows or isinstance(layer, nn.Flatten)
+        if isinstance(layer, BATCH_NORM) and conv:
+            parts.append(_part(name, "out", layer.num_features, conv[1]))
+        elif isinstance(layer, CONV | nn.Linear):
+            if conv:
+                parts.append(_part(name, "in", getattr(layer, size_name(layer, "in")), conv[1]))
+                groups[conv[0]] = Group(conv[1], tuple(parts))
+            width = getattr(layer, size_name(layer, "out"))
             conv, parts = (name, width), [_part(name, "out", width, width)]
     if not any(isinstance(layer, CONV) for _, layer in layers):
         raise UnknownLayer("there is no convolution")
@@ -98,13 +94,11 @@ def _one_call(module: nn.Module) -> str | None:
 
     ``forward`` is run on stand-ins, which know nothing but this call.
     """
-    children = list(module._modules.items())
-    if len(children) != 1 or list(module.named_parameters(recurse=False)):
-        return None
     images, result = object(), object()
-    stand_in = SimpleNamespace(**{children[0][0]: lambda x: result if x is images else None})
     try:
-        return children[0][0] if type(module).forward(stand_in, images) is result else None
+        (name,) = module._modules
+        stand_in = SimpleNamespace(**{name: lambda x: result if x is images else None})
+        return name if type(module).forward(stand_in, images) is result else None
     except Exception:
         return None
 
