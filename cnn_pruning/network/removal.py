@@ -14,13 +14,12 @@ def remove(network: Network, filters: Filters) -> Network:
 
     Raises ``ValueError`` if a group would lose all its filters.
     """
+    lost: dict[tuple[str, str, int], list[Tensor]] = {}
     for name, gone in filters.items():
         if gone and len(gone) == network.groups[name].filters:
             raise ValueError(
                 f"{name} would lose all of its {len(gone)} filters: leave at least one."
             )
-    lost: dict[tuple[str, str, int], list[Tensor]] = {}
-    for name, gone in filters.items():
         for part in network.groups[name].parts if gone else ():
             channels = part.channels[torch.isin(part.owners, torch.tensor(gone))]
             lost.setdefault(part.place(), []).append(channels)
