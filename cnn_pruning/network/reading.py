@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cnn_pruning.network.checks import check_module
 from cnn_pruning.network.description import BATCH_NORM, Filters, Network, names_of
@@ -135,26 +135,23 @@ class _Trial:
     def fails(self, filters: Filters) -> str:
         """Why the network without ``filters`` isn't the masked one; "" if it is."""
         passed = {op for name in filters for op in self.network.groups[name].passed}
-        mixing = " or ".join(sorted(passed - {"view"})) or "something"
-        mixed = f"{mixing} behind them uses several of them at once, or their number"
         network = self.network.only(filters.__contains__)
         small = remove(network, filters).model
         for images, training, when in self.occasions:
             try:
-                removed = _outputs(small, images, training)
-            except ValueError:
-                removed = None
-            try:
                 with on_feature_maps(network, zero(filters)):
                     masked = _outputs(network.model, images, training)
             except ValueError:
-                if not when:
-                    raise
-                continue  # nor can the whole network take these
-            if removed is None:
+                if when:
+                    continue  # the whole network can't take these
+                raise
+            try:
+                removed = _outputs(small, images, training)
+            except ValueError:
                 return when + counts_on_them(passed)
             if len(masked) != len(removed) or not all(map(_close, removed, masked)):
-                return when + mixed
+                mixing = " or ".join(sorted(passed - {"view"})) or "something"
+                return f"{when}{mixing} behind them uses several of them at once, or their number"
         return ""
 
 
@@ -190,9 +187,10 @@ class _Plain(TorchFunctionMode):
         self.exact = dtype == torch.float64
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if "dropout" in getattr(function, "__name__", ""):
-            return args[0]
-        output = function(*args, **(kwargs or {}))
+            return kwargs.get("input", *args[:1])
+        output = function(*args, **kwargs)
         if self.exact and isinstance(output, Tensor) and output.is_floating_point():
             return output if output.dtype == torch.float64 else output.double()
         return output
@@ -201,18 +199,16 @@ class _Plain(TorchFunctionMode):
 def _larger(images: Tensor) -> Tensor:
     """Each side twice as long, but by no more than 32 pixels."""
     for axis in range(2, images.dim()):
-        more = images.narrow(axis, 0, min(32, images.shape[axis]))
-        images = torch.cat([images, more], axis)
+        images = torch.cat([images, images.narrow(axis, 0, min(32, images.shape[axis]))], axis)
     return images
 
 
+@torch.no_grad()
 def _in_general_position(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in model.parameters():
+    for value in model.parameters():
+        if value.is_floating_point() and value.numel():
             channels = value.numel() == max(value.shape, default=1)  # one value each
-            if not value.is_floating_point() or not value.numel():
-                continue
             if channels or value.amin() == value.amax():
                 noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
                 value += 0.1 * max(value.abs().mean(), 0.1) * noise
@@ -249,9 +245,9 @@ def check_network(model: nn.Module) -> None:
         if why := _obstacle(name, layer):
             raise TypeError(f"{name or 'The model'} {why}.")
         for attribute, value in vars(layer).items():
-            values = [*value.values()] if isinstance(value, dict) else value
-            inside_list = isinstance(values, list | tuple) and not attribute.startswith("_")
-            if inside_list and {v for v in values if isinstance(v, nn.Module)} - registered:
+            inside = tree_leaves(value) if isinstance(value, list | tuple | dict) else []
+            layers = {v for v in inside if isinstance(v, nn.Module)}
+            if layers - registered and not attribute.startswith("_"):
                 raise TypeError(
                     f"{name or 'model'}.{attribute} is a {type(value).__name__} of layers, which "
                     "PyTorch neither trains nor saves: make it an nn.ModuleList or an "
@@ -263,10 +259,9 @@ def _obstacle(name: str, layer: nn.Module) -> str:
     """Why a network can't be read because of one of its modules, and what to do; "" if it can."""
     kind, inside = type(layer).__name__, f"{name or 'model'}."
     instead = "put in its place" if name else "hand in"
-    if isinstance(layer, WRAPPERS):
-        return f"is a {kind}: {instead} the network inside, {inside}module"
-    if hasattr(layer, "_orig_mod"):
-        return f"is what torch.compile returned: {instead} the network inside, {inside}_orig_mod"
+    inner = "module" if isinstance(layer, WRAPPERS) else "_orig_mod"  # what torch.compile returns
+    if hasattr(layer, inner):
+        return f"is a {kind}: {instead} the network inside, {inside}{inner}"
     if isinstance(layer, torch.jit.ScriptModule):
         return f"is a {kind}, traced or scripted: {instead} the network it was traced from"
     if "forward" in vars(layer):
