@@ -136,9 +136,8 @@ class _Pooling(TorchFunctionMode):
         output = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name in POOLING and args and isinstance(output, Tensor) and output is not args[0]:
-            source = args[0]
-            if _keeps_channels(name, source, output, args[1:], kwargs):
-                z, steps = self.before(source)
+            if _keeps_channels(name, args[0], output, args[1:], kwargs):
+                z, steps = self.before(args[0])
                 steps = *steps, (function, args[1:], kwargs)
                 self.made[output] = z, version_of(z), version_of(output), steps
         return output
@@ -176,8 +175,13 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
         axis = x.dim() - 1 if tokens else 1
         here, version, fork = forks.get(id(z), (None, 0, z))
         if here is not z or version != version_of(z):
+            columns = x.shape[axis] // z.shape[axis]  # the layer takes so many values of each map
+            parts = {}
+            for name, part in takers[taker].items():
+                first = part.channels % columns == 0
+                channels, owners = part.channels[first] // columns, part.owners[first]
+                parts[name] = replace(part, channels=channels, owners=owners)
             # A view, so that its gradient is the part that comes back through these layers alone.
-            parts = _of_maps(takers[taker], x.shape[axis] // z.shape[axis])
             seen = Seen(z.view_as(z), axis, parts)
             fork = act(seen)
             fork = seen.z if fork is None else fork
@@ -194,25 +198,12 @@ def on_feature_maps(network: Network, act: Act) -> Iterator[None]:
     with ExitStack() as stack:
         if any(module._compiled_call_impl for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        handles = [
-            model.register_forward_pre_hook(clear),
-            model.register_forward_hook(clear, always_call=True),
-            *(taker.register_forward_pre_hook(look) for taker in takers),
-        ]
-        for handle in handles:
-            stack.callback(handle.remove)
+        stack.callback(model.register_forward_pre_hook(clear).remove)
+        stack.callback(model.register_forward_hook(clear, always_call=True).remove)
+        for taker in takers:
+            stack.callback(taker.register_forward_pre_hook(look).remove)
         stack.enter_context(pooling)
         yield
-
-
-def _of_maps(parts: dict[str, Part], columns: int) -> dict[str, Part]:
-    """The parts in channels of the map, where a layer takes ``columns`` values of each."""
-    found = {}
-    for name, part in parts.items():
-        first = part.channels % columns == 0
-        channels, owners = part.channels[first] // columns, part.owners[first]
-        found[name] = replace(part, channels=channels, owners=owners)
-    return found
 
 
 def _keeps_channels(name: str, source: Tensor, output: Tensor, args: tuple, kwargs: dict) -> bool:
