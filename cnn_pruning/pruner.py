@@ -15,8 +15,8 @@ from cnn_pruning.feature_maps import scorable
 from cnn_pruning.measure import Budget
 from cnn_pruning.network.description import Network, names_of
 from cnn_pruning.network.maps import on_feature_maps, zero
-from cnn_pruning.network.passes import Cost, Inputs
-from cnn_pruning.network.reading import UnknownLayer, check_keep, exact_removal, read
+from cnn_pruning.network.passes import Cost, Inputs, UnreadableError
+from cnn_pruning.network.reading import check_keep, exact_removal, read
 from cnn_pruning.network.removal import remove
 from cnn_pruning.scores import ByLayer, Filters, Scores, in_filters, select_filters, spare_filters
 from cnn_pruning.scores import normalize as normalized
@@ -145,7 +145,7 @@ class TaylorPruner:
         criteria.find(self.criterion)
         check_keep(self.model, self.keep)
         self.keep = names_of(self.keep)
-        with suppress(UnknownLayer):  # it is read from images, by ``score``
+        with suppress(UnreadableError):  # it is read from images, by ``score``
             self._spare(read(self.model))
 
     def score(self, data: Dataset, batch_size: int = 128) -> Scores:

@@ -46,10 +46,6 @@ DRAWS = set(
 )
 
 
-class _Obstacle(Exception):
-    """Why the filters that are being followed can't go."""
-
-
 class _Graph(torch_pruning.DependencyGraph):
     """A graph in which the widest input of an operation tells how many channels come out, so that
     maps times a single map are read alike in either order. Torch-Pruning asks the last input.
@@ -96,7 +92,7 @@ def read_graph(traced: nn.Module, images: Inputs) -> tuple[dict[str, Group], dic
         try:
             groups[name], together = reader.group(name)
             seen |= together
-        except _Obstacle as obstacle:
+        except UnreadableError as obstacle:
             left_out[name] = str(obstacle)
     return {name: groups[name] for name in evaluated if name in groups}, left_out
 
@@ -270,7 +266,7 @@ class _Reader:
         """The group of a layer's filters, and the layers whose channels are all in it."""
         root = self.graph.module2node.get(self.traced.get_submodule(name))
         if root is None:
-            raise _Obstacle(
+            raise UnreadableError(
                 "no gradient comes back from the outputs to it: it runs under torch.no_grad(), in "
                 "gradient checkpointing or before a detach() in forward, or its output isn't used"
             )
@@ -280,7 +276,7 @@ class _Reader:
         passed = tuple(sorted(operations - HARMLESS))
         if any(isinstance(node.module, _OutputOp) for node, _ in found):
             taken = any(side == "in" and node.module in self.names for node, side in found)
-            raise _Obstacle(IN_OUTPUTS + ", too" * taken)
+            raise UnreadableError(IN_OUTPUTS + ", too" * taken)
         number = {k: i for i, k in enumerate(sorted({*leader}))}
         parts, together = [], set()
         for (node, side), known in found.items():
@@ -295,11 +291,11 @@ class _Reader:
             owners = torch.tensor([number[leader[known[c]]] for c in channels])
             uneven = len(owners.bincount(minlength=len(number)).unique()) > 1
             if uneven or channels[-1] >= width:
-                raise _Obstacle(counts_on_them(passed))
+                raise UnreadableError(counts_on_them(passed))
             parts.append(Part(self.names[layer], side, torch.tensor(channels), owners, axis))
             together |= {layer} if side == "out" else set()
         if len(number) == 1 < size:
-            raise _Obstacle(f"{size} filters that can only go together")
+            raise UnreadableError(f"{size} filters that can only go together")
         parts.sort(key=lambda part: (part.name != name, part.side == "in"))
         return Group(len(number), tuple(parts), passed), together
 
@@ -310,12 +306,12 @@ class _Reader:
         leader = list(range(size))
         found: dict[tuple, dict[int, int]] = {}
 
-        def mixed(node) -> _Obstacle:
+        def mixed(node) -> UnreadableError:
             for operation, _ in found:  # it may be one of several that a GRU, say, consists of
                 for source in operation.inputs:
                     if isinstance(source.module, nn.Parameter):
                         self._check(source)
-            return _Obstacle(f"{_named(node)} mixes them")
+            return UnreadableError(f"{_named(node)} mixes them")
 
         stack = [(root, "out", [_HybridIndex(idx=k, root_idx=k) for k in range(size)])]
         while stack:
@@ -323,7 +319,7 @@ class _Reader:
             if isinstance(node.module, CONV | nn.Linear) and side == "out":
                 there = getattr(node.module, size_name(node.module, side))
                 if size == 1 < there and not is_depthwise(node.module):
-                    raise _Obstacle(ONE_MAP)
+                    raise UnreadableError(ONE_MAP)
                 if there == 1 < size:
                     continue  # its one map is multiplied with all of theirs
             self._check(node)
@@ -355,12 +351,12 @@ class _Reader:
         return found, leader
 
     def _check(self, node) -> None:
-        """Raise ``_Obstacle`` for what can't lose channels."""
+        """Raise ``UnreadableError`` for what can't lose channels."""
         layer, name = node.module, self.names.get(node.module)
         if isinstance(layer, _Images):
-            raise _Obstacle("their maps are combined with the images")
+            raise UnreadableError("their maps are combined with the images")
         if node in self.broken:
-            raise _Obstacle(f"{_named(node)} mixes them")
+            raise UnreadableError(f"{_named(node)} mixes them")
         if name is None:
             return
         known, own = isinstance(layer, CONV | nn.Linear | NORMS), False
@@ -369,11 +365,11 @@ class _Reader:
             layer = self.traced.get_submodule(name)
             own = not type(layer).__module__.startswith("torch.nn.")
         if not known and not own:
-            raise _Obstacle(f"{name} is a {type(layer).__name__}, which needs all of them")
+            raise UnreadableError(f"{name} is a {type(layer).__name__}, which needs all of them")
         if any(self.uses[value] > 1 for value in layer.parameters(recurse=False)):
-            raise _Obstacle(f"{name} shares a weight with another layer")
+            raise UnreadableError(f"{name} shares a weight with another layer")
         if known and "weight" not in layer._parameters:
-            raise _Obstacle(
+            raise UnreadableError(
                 f"{name} has a weight that is computed from others (use remove_parametrizations)"
             )
 

@@ -23,7 +23,7 @@ Cost = Callable[[object, object], Tensor]
 
 
 class UnreadableError(TypeError):
-    """What a network does in its ``forward`` that can't be read, or scored."""
+    """What a network is or does that can't be read or scored, or why some filters can't go."""
 
 
 @contextmanager

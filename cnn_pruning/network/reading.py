@@ -15,6 +15,7 @@ from cnn_pruning.network.graph import counts_on_them, floats_in, read_graph
 from cnn_pruning.network.maps import on_feature_maps, zero
 from cnn_pruning.network.passes import (
     Inputs,
+    UnreadableError,
     copy_of,
     device_of,
     on_device,
@@ -22,7 +23,7 @@ from cnn_pruning.network.passes import (
     same_random_numbers,
 )
 from cnn_pruning.network.removal import remove
-from cnn_pruning.network.sequential import UnknownLayer, read_sequential
+from cnn_pruning.network.sequential import read_sequential
 
 BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD)
@@ -41,9 +42,9 @@ def read(model: nn.Module | Network, images: Inputs | None = None) -> Network:
     check_network(model)
     try:
         return read_sequential(model)
-    except UnknownLayer as unknown:
+    except UnreadableError as unknown:
         if images is None:
-            raise UnknownLayer(
+            raise UnreadableError(
                 f"{type(model).__name__} isn't a Sequential of layers that are known ({unknown}), "
                 "so it has to be read from images: hand in data too, a dataset or a few images."
             ) from None

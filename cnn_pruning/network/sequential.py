@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnn_pruning.network.checks import shown
 from cnn_pruning.network.description import BATCH_NORM, CONV, IN_OUTPUTS, Group, Network, Part
+from cnn_pruning.network.passes import UnreadableError
 from cnn_pruning.network.removal import size_name
 
 
@@ -39,14 +40,10 @@ ENDS = (nn.Softmax, nn.LogSoftmax)
 PLAIN = [kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
 
 
-class UnknownLayer(TypeError):
-    """What stands in the way of reading a network from its modules alone."""
-
-
 def read_sequential(model: nn.Module) -> Network:
     """Return the groups of ``model``: each convolution or linear layer but the last is one.
 
-    Raises ``UnknownLayer`` where the rules of this file don't say what a layer does.
+    Raises ``UnreadableError`` where the rules of this file don't say what a layer does.
     """
     layers = list(_in_order(model))
     groups: dict[str, Group] = {}
@@ -55,14 +52,14 @@ def read_sequential(model: nn.Module) -> Network:
     for position, (name, layer) in enumerate(layers):
         if not _is_known(layer, ENDS if position == len(layers) - 1 else ()):
             kind = type(layer).__name__ if any(layer.children()) else shown(layer)
-            raise UnknownLayer(f"{name} is a {kind}")
+            raise UnreadableError(f"{name} is a {kind}")
         tensors = {id(value) for value in (*layer.parameters(), *layer.buffers())}
         if tensors & used:
-            raise UnknownLayer(f"{name} is used twice, or shares a weight")
+            raise UnreadableError(f"{name} is used twice, or shares a weight")
         used |= tensors
         if isinstance(layer, (CONV, nn.Linear, *POOLING)) and isinstance(layer, nn.Linear) != rows:
             kind = "rows" if rows else "maps"
-            raise UnknownLayer(f"{name} is a {type(layer).__name__} that takes {kind}")
+            raise UnreadableError(f"{name} is a {type(layer).__name__} that takes {kind}")
         rows = rows or isinstance(layer, nn.Flatten)
         if isinstance(layer, BATCH_NORM) and conv:
             parts.append(_part(name, "out", layer.num_features, conv[1]))
@@ -73,7 +70,7 @@ def read_sequential(model: nn.Module) -> Network:
             width = getattr(layer, size_name(layer, "out"))
             conv, parts = (name, width), [_part(name, "out", width, width)]
     if not any(isinstance(layer, CONV) for _, layer in layers):
-        raise UnknownLayer("there is no convolution")
+        raise UnreadableError("there is no convolution")
     left_out = {conv[0]: IN_OUTPUTS} if conv else {}
     return Network(model, groups, left_out, name if isinstance(layer, nn.Softmax) else None)
 
@@ -121,6 +118,6 @@ def _is_known(layer: nn.Module, ends: tuple[type[nn.Module], ...]) -> bool:
 def _part(name: str, side: str, size: int, filters: int) -> Part:
     """Behind a Flatten each filter has a block of values; otherwise, the block is one."""
     if size % filters:
-        raise UnknownLayer(f"{name} takes {size} values of {filters} filters")
+        raise UnreadableError(f"{name} takes {size} values of {filters} filters")
     channels: Tensor = torch.arange(size)
     return Part(name, side, channels, channels // (size // filters))
