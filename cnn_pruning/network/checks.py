@@ -4,6 +4,7 @@ import inspect
 import numbers
 import operator
 import textwrap
+from contextlib import suppress
 
 from torch import Tensor, nn
 
@@ -28,12 +29,9 @@ def check_function(name: str, value: object, *arguments: str) -> None:
 
 def integer(name: str, value: object, lowest: int, highest: int = 2**63 - 1) -> int:
     """Return ``value`` as an integer of this range; else a ``ValueError`` with ``name``."""
-    try:
-        number = index(value)
-        if lowest <= number <= highest:
-            return number
-    except (TypeError, ValueError):
-        pass
+    with suppress(TypeError, ValueError):
+        if lowest <= index(value) <= highest:
+            return index(value)
     kind = "a positive integer" if lowest == 1 else f"an integer of {lowest} or more"
     most = f" (at most {highest})" if isinstance(value, int) and value > highest else ""
     raise ValueError(f"{name} must be {kind}{most}, but it is {shown(value)}.")
