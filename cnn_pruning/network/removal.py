@@ -82,11 +82,8 @@ def _cut(model: nn.Module, name: str, side: str, axis: int, lost: Tensor) -> Ten
 
 def size_name(layer: nn.Module, side: str) -> str:
     """The attribute that has the number of channels that a layer takes ("in") or puts out."""
-    if isinstance(layer, CONV):
-        return f"{side}_channels"
-    if isinstance(layer, nn.Linear):
-        return f"{side}_features"
-    names = {nn.GroupNorm: "num_channels", nn.PReLU: "num_parameters"}
+    names = {CONV: f"{side}_channels", nn.Linear: f"{side}_features"}
+    names |= {nn.GroupNorm: "num_channels", nn.PReLU: "num_parameters"}
     return next((name for kind, name in names.items() if isinstance(layer, kind)), "num_features")
 
 
