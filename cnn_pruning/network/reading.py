@@ -260,9 +260,10 @@ def _obstacle(name: str, layer: nn.Module) -> str:
     """Why a network can't be read because of one of its modules, and what to do; "" if it can."""
     kind, inside = type(layer).__name__, f"{name or 'model'}."
     instead = "put in its place" if name else "hand in"
-    inner = "module" if isinstance(layer, WRAPPERS) else "_orig_mod"  # what torch.compile returns
-    if hasattr(layer, inner):
-        return f"is a {kind}: {instead} the network inside, {inside}{inner}"
+    if isinstance(layer, WRAPPERS):
+        return f"is a {kind}: {instead} the network inside, {inside}module"
+    if hasattr(layer, "_orig_mod"):
+        return f"is what torch.compile returned: {instead} the network inside, {inside}_orig_mod"
     if isinstance(layer, torch.jit.ScriptModule):
         return f"is a {kind}, traced or scripted: {instead} the network it was traced from"
     if "forward" in vars(layer):
