@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 from cnn_pruning.experiments.data import batches, few_images
 from cnn_pruning.network import passes
 from cnn_pruning.network.description import IN_OUTPUTS, ONE_MAP, Network, is_inside, names_of
-from cnn_pruning.network.maps import Maps, maps_seen, side_by_side
+from cnn_pruning.network.maps import Maps, Seen, maps_seen, side_by_side
 from cnn_pruning.network.passes import Cost, Inputs, size_of
 from cnn_pruning.network.reading import check_keep, only_exact, read
 
@@ -110,13 +110,21 @@ def feature_maps(
                 loss = passes.summed_loss(outputs, labels, cost)
                 with passes.differentiable(loss):
                     loss.backward(inputs=[seen.z for seen in found])
-                for seen in found:
-                    unseen |= seen.parts.keys() if seen.z.grad is None else set()
+                unseen |= without_gradient(found)
         size = sum(seen.z.nbytes for seen in found) or 1
         at_once[0] = max(FEWEST, size_of(images) * BYTES // size)
         yield labels, side_by_side(network, found, size_of(images))
+    warn_of(unseen)
+
+
+def without_gradient(found: list[Seen]) -> set[str]:
+    """The groups with a map that the loss of these images doesn't depend on."""
+    return {name for seen in found if seen.z.grad is None for name in seen.parts}
+
+
+def warn_of(unseen: set[str]) -> None:
     if unseen:  # in a part of the images, at least
         warnings.warn(
             f"The cost doesn't depend on {', '.join(sorted(unseen))}: these filters score 0.",
-            stacklevel=2,
+            stacklevel=3,
         )

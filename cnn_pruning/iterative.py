@@ -14,7 +14,7 @@ from cnn_pruning.criteria import MeanOverExamples, PerExample
 from cnn_pruning.experiments import ranks, training
 from cnn_pruning.experiments.data import batches, epoch, few_images
 from cnn_pruning.experiments.progress import progress
-from cnn_pruning.feature_maps import check_maps, scorable
+from cnn_pruning.feature_maps import check_maps, scorable, warn_of, without_gradient
 from cnn_pruning.measure import Budget, count_macs, count_parameters
 from cnn_pruning.network.checks import check_function, integer
 from cnn_pruning.network.description import Network
@@ -217,7 +217,7 @@ def _train(
     precision = training.mixed_precision(network.model)
     optimizer = torch.optim.Adam(network.model.parameters(), lr)
     mean = MeanOverExamples(per_example)
-    total = 0.0
+    total, unseen = 0.0, set()
     watched = network if per_example else network.only(lambda name: False)
     seed = ranks.seed_of_rank(seed, train)
     with training.in_training(network.model, seed), maps_seen(watched, gradient=True) as found:
@@ -230,11 +230,13 @@ def _train(
                     maps = side_by_side(network, found, size)
                     # The gradient of each example's own loss, not of the mean
                     mean.add({n: (_exact(z), _exact(s) * divisor) for n, (z, s) in maps.items()})
+                    unseen |= without_gradient(found)
             found.clear()
     ranks.make_same(network.model, train)
     loss = ranks.summed(train, network.model, {"loss": float(total)})["loss"]
     if not math.isfinite(loss):  # on every rank alike
         raise FloatingPointError(f"The loss is {loss}: use an lr lower than {lr}.")
+    warn_of(unseen)
     return mean.scores(network.model, train)
 
 

@@ -275,29 +275,35 @@ def excess():
     ).drop(columns="optimum")
 
 
-def test_what_notebook_8_says_about_importance_holds_for_each_network_of_the_table(excess):
-    others = excess.drop(columns="greedy oracle")
-    assert (excess["greedy oracle"] <= others.min(axis=1)).all(), "greedy stays closest"
+def test_what_notebook_8_says_about_importance_holds_for_the_table(excess):
+    means = excess.groupby(level=0).mean()
+    others = means.drop(columns="greedy oracle")
+    assert (means["greedy oracle"] <= others.min(axis=1)).all(), "on average, greedy is closest"
     most, few, half = excess.loc["most"], excess.loc["few"], excess.loc["half"]
     assert (most[["taylor, raw", "quadratic"]] < 0.01).all(axis=None), "a hundredth of a nat"
     assert (most["random, mean"] > 20 * most["taylor, raw"]).all(), "more than twenty times"
-    assert (most["shapley"] > most["taylor, raw"]).all()
-    rankings = few.drop(columns=["greedy oracle", "random, mean"])
-    assert (rankings.min(axis=1) > 1.5 * few["greedy oracle"]).all(), "none stays near the best"
-    for other in ("shapley", "taylor, raw, re-scored"):
-        assert (half[other] < half["taylor, raw"]).all(), "ahead of Taylor on each network"
-    assert (half["shapley"] > half["taylor, normalized"]).any(), "only of raw scores"
-    change = half["taylor, normalized, re-scored"] < half["taylor, normalized"]
-    assert change.any() and not change.all(), "the others change places"
+    assert (most["shapley"] > most["taylor, raw"]).all(), "worse on all ten"
+    rankings = few.drop(columns=["greedy oracle", "random, mean"]).mean()
+    assert (rankings > 3 * few["greedy oracle"].mean()).all(), "none stays near the best"
+    ahead = half.lt(half["taylor, raw"], axis=0)
+    assert ahead["taylor, raw, re-scored"].all() and not ahead["weights, raw"].any()
+    assert (
+        0.4 < means.loc["half", "taylor, raw, re-scored"] / means.loc["half", "taylor, raw"] < 0.6
+    )
+    assert ahead["taylor, normalized, re-scored"].sum() == 9
+    assert [*ahead.index[ahead["shapley"]]] == [0, 1, 2, 3]
 
 
-def test_the_second_order_misses_a_seventh_in_the_last_layer_and_half_in_the_first():
+def test_the_second_order_misses_a_sixth_in_the_last_layer_and_two_thirds_in_the_first():
     filters = pd.read_csv(every.FILTERS, comment="#")
-    filters["missed"] = (filters.curvature / 2 - filters.slope - filters.oracle_abs).abs()
-    sums = filters.groupby(["layer", "seed"])[["missed", "oracle_abs"]].sum()
-    errors = sums.missed / sums.oracle_abs
-    assert errors["network.2"].max() < 0.2
-    assert 0.4 < errors["network.0"].min() and errors["network.0"].max() < 0.7
+    filters["second"] = (filters.curvature / 2 - filters.slope - filters.oracle_abs).abs()
+    filters["eq. 8"] = (784 * filters.taylor - filters.oracle_abs).abs()
+    sums = filters.groupby(["layer", "seed"])[["second", "eq. 8", "oracle_abs"]].sum()
+    errors = sums.div(sums.oracle_abs, axis=0).groupby("layer").mean()
+    assert errors.loc["network.2", "second"] == pytest.approx(1 / 6, abs=0.02)
+    assert errors.loc["network.0", ["second", "eq. 8"]].tolist() == pytest.approx(
+        [2 / 3] * 2, abs=0.03
+    )
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_network_it_was_at(monkeypatch, tmp_path):
