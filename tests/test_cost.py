@@ -182,6 +182,15 @@ def test_filters_that_a_cost_does_not_depend_on_are_named_and_score_0(used):
     assert said == [f"The cost doesn't depend on {name}: these filters score 0." for name in unused]
 
 
+def test_a_schedule_names_the_filters_that_its_cost_does_not_depend_on():
+    def cost(outputs, numbers):
+        return times(1.0)(outputs[0], numbers)
+
+    with pytest.warns(UserWarning, match="The cost doesn't depend on other: these filters score 0"):
+        steps = [*prune_iteratively(TwoHeads().double(), TRAIN, TRAIN, filters=4, cost=cost)]
+    assert steps[-1].removed["other"] == [0] or steps[-1].removed["other"] == [1]
+
+
 # What is read
 
 
