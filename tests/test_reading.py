@@ -148,6 +148,10 @@ WAYS = {
         lambda m, x: (lambda z: m.head(flatten(F.dropout(z) if m.training else z)))(maps(m, x)),
         256,
     ),
+    "dropout in training only, by keyword": (
+        lambda m, x: m.head(flatten(F.dropout(input=maps(m, x), p=0.5, training=m.training))),
+        256,
+    ),
     "in place after pooling": (
         lambda m, x: m.head(flatten(F.avg_pool2d(m.second(F.relu(m.first(x))), 2).mul_(2).tanh_())),
         64,
@@ -974,7 +978,9 @@ def test_keep_may_name_what_stays_anyway_but_nothing_without_filters():
         filter_scores(model, some, keep=["norm"])
 
 
-@pytest.mark.parametrize("kind", [list, tuple, lambda layers: {"a": layers[0]}])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, lambda layers: {"a": layers[0]}, lambda layers: [[1, layers]]]
+)
 def test_layers_that_pytorch_does_not_know_are_refused(kind):
     model = Net(WAYS["functions"][0])
     model.held = kind([nn.Linear(2, 2)])
