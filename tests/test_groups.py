@@ -369,6 +369,21 @@ def test_other_ways_to_tie_channels(way):
     torch.testing.assert_close(remove_filters(model, filters, data)(data.tensors[0]), masked)
 
 
+def test_filters_that_are_tied_twice_are_one_group_of_all_of_them():
+    torch.manual_seed(0)
+    model = Net(  # 0 with 4, 1 with 5 and so on, by the maximum; and then 0 with 1, by the norm
+        lambda m, x: m.head(m.last(F.relu(m.norm(torch.max(*m.first(x).chunk(2, 1)))))),
+        **{"first": conv(2, 8), "norm": nn.GroupNorm(2, 4), "last": conv(4, 5), "head": head(5)},
+    )
+    data = random_images()
+    assert {n: len(values) for n, values in filter_scores(model, data).items()} == {
+        "first": 2,
+        "last": 5,
+    }
+    small = remove_filters(model, {"first": [0]}, data)
+    assert_same(small.first.weight, model.first.weight[[2, 3, 6, 7]])
+
+
 def test_what_is_tied_to_the_images_or_the_outputs_is_left_out():
     torch.manual_seed(0)
     data = random_images()
