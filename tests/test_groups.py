@@ -559,6 +559,20 @@ def test_a_norm_before_an_activation_in_place_loses_its_channels_too():
     assert small.norm.num_features == 2 and small.act.inplace
 
 
+class Preactivated(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.relu_())
+
+
+def test_frozen_layers_score_alike_before_a_convolution_that_changes_its_input_in_place():
+    torch.manual_seed(0)
+    layers = {"first": conv(2, 4), "last": Preactivated(4, 5, 3), "head": head(5)}
+    model, data = Net(lambda m, x: m.head(m.last(m.first(x))), **layers), random_images()
+    expected = filter_scores(model, data)
+    model.first.requires_grad_(False)
+    torch.testing.assert_close(filter_scores(model, data), expected)
+
+
 def test_one_map_that_is_multiplied_with_all_others_ties_nothing():
     model = Net(
         lambda m, x: (lambda z: m.head(m.last(z * torch.sigmoid(m.gate(z)))))(F.relu(m.first(x))),
