@@ -968,6 +968,15 @@ def test_hooks_on_all_modules_are_refused_and_stay(kind):
         handle.remove()
 
 
+@pytest.mark.parametrize("layer", [nn.MaxPool1d(3, 1, 1), nn.Conv1d(6, 6, 3, padding=1)])
+def test_a_row_that_is_pooled_or_convolved_is_read_from_images(layer):
+    # PyTorch takes six rows for six channels of one image: what comes out mixes the filters.
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), layer, nn.Linear(144, 3))
+    assert model(torch.rand(6, 1, 8, 8)).shape == (6, 3)
+    with pytest.raises(TypeError, match=rf"{type(layer).__name__} that takes rows"):
+        remove_filters(model, {"0": [1]})
+
+
 def test_keep_may_name_what_stays_anyway_but_nothing_without_filters():
     model, some = Net(lambda m, x: m.second(F.relu(m.first(x))).mean((2, 3))), data()
     expected = filter_scores(model, some)
