@@ -247,8 +247,8 @@ def obd(
 FORWARD_ONLY = (activation_mean, apoz)
 PER_EXAMPLE = (taylor, taylor_abs_first, taylor_squared, *FORWARD_ONLY)
 NO_DATA = (weight, random)
-FAMILY = (taylor, taylor_abs_first, taylor_abs_last, taylor_squared, weight)
-OTHERS = (activation_mean, activation_std, apoz, mutual_information, obd)
+FAMILY = (taylor, taylor_abs_first, taylor_abs_last, taylor_squared)
+OTHERS = (weight, activation_mean, activation_std, apoz, mutual_information, obd)
 CRITERIA = {each.__name__: each for each in (*FAMILY, *OTHERS, random, oracle, oracle_abs)}
 # The others look at the weights, or at all examples at once
 WHOLE = tuple(each for each in CRITERIA.values() if each not in PER_EXAMPLE)

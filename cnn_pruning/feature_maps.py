@@ -123,6 +123,7 @@ def without_gradient(found: list[Seen]) -> set[str]:
 
 
 def warn_of(unseen: set[str]) -> None:
+    """Warn that these groups score 0, in the name of who called the caller."""
     if unseen:  # in a part of the images, at least
         warnings.warn(
             f"The cost doesn't depend on {', '.join(sorted(unseen))}: these filters score 0.",

@@ -152,9 +152,10 @@ def described(figure: Figure, text: str) -> None:
 
 def subplots(rows: int, columns: int, width: float, height: float, **options) -> tuple:
     """Return a figure, in inches, and its axes (rows, columns), for a function that returns it."""
-    size = {"figsize": (width, height), "squeeze": False}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, **size, **options)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(width, height), squeeze=False, **options
+        )
     plt.close(figure)  # the notebook shows what it is given, once
     return figure, axes
 

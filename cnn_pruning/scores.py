@@ -107,7 +107,8 @@ def spare_filters(
 ) -> dict[str, int]:
     """Return how many filters each layer can lose, of ``widths`` filters, down to a multiple.
 
-    Raises ``ValueError`` or, if ``keep`` doesn't hold names, ``TypeError``.
+    Raises ``ValueError`` for ``min_filters`` below 1, a ``max_share`` that isn't from 0 to 1 or a
+    name that isn't a layer, and ``TypeError`` if ``keep`` doesn't hold names.
     """
     least = by_layer("min_filters", min_filters, widths)
     number = isinstance(max_share, int | float) and not isinstance(max_share, bool)

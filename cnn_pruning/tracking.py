@@ -134,12 +134,12 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
-def _folder_of_this_machine(uri: str | None = None) -> Path:
+def _folder_of_this_machine() -> Path:
     """Where the runs that go on here have their locks, and networks lie until MLflow has them.
 
     That is beside a database file, and in the user's home for a server.
     """
-    uri = uri or mlflow.get_tracking_uri()
+    uri = mlflow.get_tracking_uri()
     if path := _sqlite_path(uri):
         return Path(f"{path}.running")
     homes = Path.home(), Path(tempfile.gettempdir())
@@ -148,7 +148,10 @@ def _folder_of_this_machine(uri: str | None = None) -> Path:
 
 
 def _make_database(path: Path, files: str) -> None:
-    """Make an empty database, whole: MLflow can't use one that it was stopped in making."""
+    """Make an empty database, whole: MLflow can't use one that it was stopped in making.
+
+    ``files`` is MLflow's place for files of runs.
+    """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     half = _folder_of_this_machine() / "half"

@@ -670,7 +670,8 @@ def test_options_in_an_address_are_no_part_of_the_place(shared):
 
 def test_what_belongs_to_a_server_lies_in_the_users_home_and_tells_no_password(tmp_path):
     with place(tmp_path):
-        folder = tracking._folder_of_this_machine("https://me:secret@runs.example:80/team")
+        mlflow.set_tracking_uri("https://me:secret@runs.example:80/team")
+        folder = tracking._folder_of_this_machine()
     assert tmp_path in folder.parents
     assert "runs.example" in folder.name and "secret" not in str(folder)
 
@@ -687,7 +688,8 @@ def test_without_a_home_it_lies_among_the_temporary_files(tmp_path, monkeypatch,
             assert tracking.mlflow.get_tracking_uri()
         else:
             monkeypatch.setattr(os, "access", access)
-        folder = tracking._folder_of_this_machine("https://runs.example")
+        mlflow.set_tracking_uri("https://runs.example")
+        folder = tracking._folder_of_this_machine()
     assert Path(tempfile.gettempdir()) in folder.parents and tmp_path not in folder.parents
 
 

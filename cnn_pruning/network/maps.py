@@ -90,6 +90,7 @@ def maps_seen(network: Network, gradient: bool = False) -> Iterator[list[Seen]]:
 
     def note(seen: Seen) -> Tensor | None:
         if not gradient:
+            # The network's own forward may switch gradients on
             found.append(replace(seen, z=seen.z.detach()))
             return None
         found.append(seen)
