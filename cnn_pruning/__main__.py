@@ -15,9 +15,9 @@ from torch.utils.data import TensorDataset
 from torchinfo import summary
 
 from cnn_pruning import plots, tracking
-from cnn_pruning.alive import signals_interrupt
 from cnn_pruning.baseline import fit_and_log
 from cnn_pruning.experiments import ranks
+from cnn_pruning.experiments.alive import signals_interrupt
 from cnn_pruning.experiments.data import fashion_mnist
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.training import evaluate

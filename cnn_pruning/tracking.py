@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchinfo import summary
 
-from cnn_pruning.alive import alone, deadline, held, signals_interrupt, the_dead, undisturbed
+from cnn_pruning.experiments import alive
 from cnn_pruning.experiments.data import batches
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.paths import ROOT
@@ -99,7 +99,7 @@ def _check_answer(uri: str) -> None:
     try:
         host = mlflow.utils.credentials.get_default_host_creds(uri)
         settings = {"max_retries": 0, "retry_codes": (), "timeout": ANSWER_WITHIN}
-        with deadline(ANSWER_WITHIN):
+        with alive.deadline(ANSWER_WITHIN):
             answer = mlflow.utils.rest_utils.http_request(host, "/health", "GET", **settings)
         if answer.status_code >= 500:  # below, it refuses this page, but it answers
             raise ConnectionError(f"{answer.status_code} {answer.reason}")
@@ -193,11 +193,11 @@ def connect() -> str:
         cut = options and ("/" in options or "=" not in options)
         if path and (unquote(str(path)) != str(path) or cut):
             raise ValueError("an address can't hold the % or ? in this path: use another folder")
-        with alone(folder), deadline(24 * 3600 if path else WITHIN):
+        with alive.alone(folder), alive.deadline(24 * 3600 if path else WITHIN):
             if path and not path.exists():
                 _make_database(path, _files() or "./mlruns")
             experiment = _experiment()
-            for lock in the_dead(folder):
+            for lock in alive.the_dead(folder):
                 _end("KILLED", lock)
                 if (left := folder / lock / "network.pt").exists():
                     warnings.warn(f"The network of a killed run lies in {left}.", stacklevel=2)
@@ -322,7 +322,7 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
     Raises ``NotRecorded`` if MLflow fails: its server is gone, for example, or the disk is full.
     What the block itself raises comes through as it is.
     """
-    with ExitStack() as until_it_ends, signals_interrupt():
+    with ExitStack() as until_it_ends, alive.signals_interrupt():
         with _recording(f"start the run {name!r}"):
             above = mlflow.get_run(parent) if parent else mlflow.active_run()
             within = above.info.experiment_id if above else _experiment()
@@ -333,7 +333,7 @@ def run(name: str, parent: str | None = None, note: str | None = None) -> Iterat
                 names = (f"{name} ({number})" for number in itertools.count(2))
                 name = next(each for each in itertools.chain([name], names) if each not in taken)
             lock = f"{within}.{uuid4().hex}"
-            until_it_ends.enter_context(held(_folder_of_this_machine(), lock))
+            until_it_ends.enter_context(alive.held(_folder_of_this_machine(), lock))
         try:
             with _recording(f"start the run {name!r}"):
                 place = {"experiment_id": within, "nested": True, "parent_run_id": parent}
@@ -352,9 +352,9 @@ def _end_with(error: BaseException, name: str, lock: str) -> None:
     status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
     stays = isinstance(error, NotRecorded)  # which says where the network lies
     # The server may be what failed, and a second interrupt must not stop this.
-    with undisturbed(), mock.patch.dict(os.environ, ONE_TRY):
+    with alive.undisturbed(), mock.patch.dict(os.environ, ONE_TRY):
         try:
-            with deadline(ANSWER_WITHIN):
+            with alive.deadline(ANSWER_WITHIN):
                 _end(status, lock, hand_over=not stays)
             said = f"The run {name!r} is marked as {status}"
         except Exception:  # the next ``connect`` will mark it
@@ -371,7 +371,7 @@ def _recording(
 ) -> Iterator[None]:
     """Turn into ``NotRecorded`` whatever MLflow raises in the block, which is its calls alone."""
     try:
-        with deadline(seconds):
+        with alive.deadline(seconds):
             yield
     except NotRecorded:
         raise
@@ -405,13 +405,13 @@ def _recorded(function: Callable) -> Callable:
     return called
 
 
-@deadline(WITHIN)
+@alive.deadline(WITHIN)
 def parent_of(run_id: str) -> str | None:
     """Return the id of the run that the run ``run_id`` stands under, or None."""
     return mlflow.get_run(run_id).data.tags.get("mlflow.parentRunId")
 
 
-@deadline(WITHIN)
+@alive.deadline(WITHIN)
 def find_runs(stage: str, settings: Mapping[str, object], *data: Dataset) -> list[str]:
     """Return the ids of the finished runs, the newest first, that ``set_stage`` gave this stage,
     whose parameters have the values in ``settings``, and to which ``log_data`` logged ``data``.
@@ -427,7 +427,7 @@ def find_runs(stage: str, settings: Mapping[str, object], *data: Dataset) -> lis
     return [each.info.run_id for each in found]
 
 
-@deadline(WITHIN)
+@alive.deadline(WITHIN)
 def metric(run_id: str, name: str) -> float:
     """Return the metric ``name`` of a run as it was logged last, NaN if it wasn't."""
     return mlflow.get_run(run_id).data.metrics.get(name, torch.nan)
@@ -436,12 +436,8 @@ def metric(run_id: str, name: str) -> float:
 # What is logged to the active run; of several processes that work together, by the first
 
 
-@_recorded
-def set_stage(stage: str) -> None:
-    """Name the stage of the experiment, by which ``find_runs`` finds the active run."""
-    mlflow.set_tag("stage", stage)
-
-
+# The stage of the experiment, by which ``find_runs`` finds the active run
+set_stage = _recorded(lambda stage: mlflow.set_tag("stage", stage))
 # As MLflow's own: parameters by name; metrics by name, with a step; values as a JSON file
 log_settings = _recorded(lambda *given: mlflow.log_params(*given))
 log_metrics = _recorded(lambda *given: mlflow.log_metrics(*given))
@@ -539,7 +535,7 @@ def load_network(run_id: str, model: nn.Module | None = None) -> nn.Module:
     Raises ``mlflow.MlflowException`` if the run or its network doesn't exist, and ``ValueError`` if
     the file isn't the one that was logged.
     """
-    with tempfile.TemporaryDirectory() as folder, deadline(_seconds_for(model)):
+    with tempfile.TemporaryDirectory() as folder, alive.deadline(_seconds_for(model)):
         return read_network(_fetched(run_id, "network.pt", DIGEST, folder), model)
 
 
@@ -597,7 +593,7 @@ def log_model(model: nn.Module, images: Tensor) -> None:
         mlflow.set_tag(MODEL_DIGEST, _sha256(Path(path)))
 
 
-@deadline(WITHIN)
+@alive.deadline(WITHIN)
 def predict(run_id: str, images: Tensor) -> Tensor:
     """Return the labels, int64 (N,), that the model in the run ``run_id`` gives to ``images``.
 

@@ -10,7 +10,8 @@ import weakref
 import pytest
 from filelock import FileLock, Timeout
 
-from cnn_pruning.alive import (
+from cnn_pruning.experiments import paths
+from cnn_pruning.experiments.alive import (
     STOPS,
     TooLate,
     alone,
@@ -20,7 +21,6 @@ from cnn_pruning.alive import (
     the_dead,
     undisturbed,
 )
-from cnn_pruning.experiments import paths
 
 ERRORS = [ValueError, KeyboardInterrupt]
 

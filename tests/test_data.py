@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import http.client
 import re
@@ -174,6 +175,22 @@ def test_an_archive_that_can_not_be_downloaded_is_an_error_that_names_the_folder
         fashion_mnist(root)
 
 
+def test_a_download_that_is_cut_off_has_left_nothing(root, monkeypatch):
+    archive, seen = raw_of(root) / "train-images-idx3-ubyte.gz", []
+    archive.unlink()
+    before = sorted(root.rglob("*"))
+
+    class Answer(contextlib.nullcontext):
+        def read(self):
+            seen.append(sorted(root.rglob("*")))  # what stays if the process is killed here
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "urlopen", lambda *args, **kwargs: Answer(Answer()))
+    with pytest.raises(KeyboardInterrupt):
+        fashion_mnist(root)
+    assert seen == [before] and sorted(root.rglob("*")) == before
+
+
 def test_a_root_that_is_a_file_is_an_error_that_names_it(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
@@ -194,7 +211,8 @@ def test_a_folder_that_can_not_be_written_to_is_an_error_that_names_it(root, mon
     def refuse(*args, dir, **kwargs):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)  # root may write anywhere
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr(data, "urlopen", lambda *args, **kwargs: pytest.fail("it was asked"))
     (raw_of(root) / "train-images-idx3-ubyte.gz").unlink()
     with pytest.raises(OSError, match=re.escape(str(raw_of(root)))) as error:
         fashion_mnist(root)

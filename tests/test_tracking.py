@@ -45,8 +45,8 @@ from stores import (
 from torch import nn
 
 from cnn_pruning import TaylorPruner, fit, tracking
-from cnn_pruning.alive import deadline
 from cnn_pruning.baseline import baseline, fit_and_log
+from cnn_pruning.experiments.alive import deadline
 
 # Where the runs are
 
@@ -323,7 +323,7 @@ def sooner(seconds):
 
 
 def test_a_server_that_drips_is_given_up_after_the_time_for_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "deadline", sooner)
+    monkeypatch.setattr(tracking.alive, "deadline", sooner)
     before = signal.getsignal(signal.SIGALRM)
     with dripping() as uri, place(tmp_path, uri):
         with pytest.raises(ConnectionError, match="it took longer than"):
@@ -769,7 +769,7 @@ def test_a_large_network_has_the_time_that_100_kilobytes_a_second_take(store, mo
     large, given = network((40, 60)), []
     with tracking.run("large") as active:
         tracking.log_network(large)
-        monkeypatch.setattr(tracking, "deadline", lambda s: given.append(s) or deadline(s))
+        monkeypatch.setattr(tracking.alive, "deadline", lambda s: given.append(s) or deadline(s))
         if does == "log":
             tracking.log_network(large)
     if does == "load":

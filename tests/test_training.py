@@ -1,5 +1,9 @@
 import copy
 import math
+import signal
+import sys
+import time
+import weakref
 from itertools import chain
 
 import pytest
@@ -316,6 +320,26 @@ def test_flags_are_restored_when_training_is_stopped():
     with pytest.raises(KeyboardInterrupt):
         fit(model, TRAIN, VAL, on_epoch=stop)
     assert not any(module.training for module in model.modules())
+
+
+def test_an_interrupt_that_python_ignores_stops_training_outside_a_run():
+    class Object:
+        pass
+
+    def in_callback(_):
+        signal.raise_signal(signal.SIGINT)
+
+    def ask(row):
+        thing = Object()
+        watched.append(weakref.ref(thing, in_callback))
+        del thing  # Python ignores what a weak reference's callback raises
+        rows.append(row)
+        time.sleep(0.2)
+
+    watched, rows, before = [], [], sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), TRAIN, VAL, epochs=100, on_epoch=ask)
+    assert len(rows) == 1 and sys.unraisablehook is before
 
 
 def test_frozen_parameters_stay():

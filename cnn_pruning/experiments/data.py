@@ -95,12 +95,14 @@ def _downloaded(archive: Path) -> bytes:
     new = [each for each in (raw, *raw.parents) if not each.exists()]
     try:
         raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=raw):  # before the download, if it can't be written
+            with urlopen(FashionMNIST.mirrors[0] + archive.name, timeout=60) as answer:
+                packed = answer.read()
         with tempfile.TemporaryDirectory(dir=raw) as folder:
             half = Path(folder) / archive.name
-            with urlopen(FashionMNIST.mirrors[0] + archive.name, timeout=60) as answer:
-                half.write_bytes(answer.read())
+            half.write_bytes(packed)
             half.replace(archive)
-        return archive.read_bytes()
+        return packed
     except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"{archive.name} is not in {raw} and could not be downloaded "

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from cnn_pruning.experiments import ranks
+from cnn_pruning.experiments.alive import interrupts_come_again
 from cnn_pruning.experiments.data import batches, epoch
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.progress import progress
@@ -191,7 +192,7 @@ def update(
 @contextmanager
 def in_training(model: nn.Module, seed: int) -> Iterator[None]:
     """``model`` is in training mode for the block, but for batch norms that are frozen and in
-    evaluation mode; ``seed`` decides what dropout draws.
+    evaluation mode; ``seed`` decides what dropout draws. No interrupt is ignored.
 
     Afterwards its flags and the caller's random numbers are as before, and no gradient is left.
     """
@@ -199,6 +200,7 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        interrupts_come_again(),
         evaluation(model),  # which restores the flags
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):

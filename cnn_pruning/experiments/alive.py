@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from unittest import mock
 
 from filelock import FileLock, Timeout
 
@@ -27,16 +28,11 @@ def _in_main_thread() -> bool:
 
 
 @contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise ``KeyboardInterrupt``, with their number, as long as the block runs.
+def interrupts_come_again() -> Iterator[None]:
+    """An interrupt that Python ignores, because it comes while an object is deleted, comes again.
 
-    They stay as they are where they are ignored (``nohup``) or handled already, and outside the
-    main thread. Where Python ignores an interrupt, because it comes while an object is deleted, it
-    comes again.
+    Outside the main thread, nothing is done.
     """
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
 
     def come_again(ignored: object) -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
@@ -47,14 +43,27 @@ def signals_interrupt() -> Iterator[None]:
             number = signal.SIGINT
         threading.Timer(0.05, _thread.interrupt_main, [number]).start()
 
-    with ExitStack() as afterwards:
-        if _in_main_thread():
-            for number in STOPS:
-                if signal.getsignal(number) == signal.SIG_DFL:
-                    afterwards.callback(signal.signal, number, signal.SIG_DFL)
-                    signal.signal(number, interrupt)
-            before, sys.unraisablehook = sys.unraisablehook, come_again
-            afterwards.callback(setattr, sys, "unraisablehook", before)
+    before, here = sys.unraisablehook, _in_main_thread()
+    with mock.patch.object(sys, "unraisablehook", come_again) if here else nullcontext():
+        yield
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise ``KeyboardInterrupt``, with their number, as long as the block runs.
+
+    They stay as they are where they are ignored (``nohup``) or handled already, and outside the
+    main thread. Interrupts come again where Python ignores them.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    with ExitStack() as afterwards, interrupts_come_again():
+        for number in STOPS if _in_main_thread() else ():
+            if signal.getsignal(number) == signal.SIG_DFL:
+                afterwards.callback(signal.signal, number, signal.SIG_DFL)
+                signal.signal(number, interrupt)
         yield
 
 
