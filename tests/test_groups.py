@@ -198,7 +198,7 @@ def test_both_ways_of_reading_give_one_description(seed):
     network = random_network(seed)
     model, images = nn.Sequential(*network.layers).eval(), random_data(network).tensors[0]
     by_modules = reading.read_sequential(model)
-    groups, left_out = reading.read_graph(reading.copy_of(model), images)
+    groups, left_out = reading.read_graph(reading.passes.copy_of(model), images)
     assert list(groups) == list(by_modules.groups) and left_out == by_modules.left_out
     for name, group in groups.items():
         expected = by_modules.groups[name]

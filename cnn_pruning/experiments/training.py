@@ -17,21 +17,10 @@ from cnn_pruning.experiments.alive import interrupts_come_again
 from cnn_pruning.experiments.data import batches, epoch
 from cnn_pruning.experiments.model import CNN
 from cnn_pruning.experiments.progress import progress
+from cnn_pruning.network import passes
 from cnn_pruning.network.checks import check_function, integer, positive
 from cnn_pruning.network.description import BATCH_NORM
-from cnn_pruning.network.passes import (
-    Cost,
-    Inputs,
-    copy_of,
-    device_of,
-    differentiable,
-    evaluation,
-    on_device,
-    outputs_of,
-    pieces,
-    size_of,
-    summed_loss,
-)
+from cnn_pruning.network.passes import Cost, Inputs
 
 Row = dict[str, int | float]
 WITH_STATISTICS = nn.modules.batchnorm._NormBase
@@ -54,12 +43,12 @@ def evaluate(
     """
     loss, correct = 0.0, 0
     with ranks.together(data):
-        device = device_of(model)
+        device = passes.device_of(model)
         ranks.agree(data, cost=cost)
-        with evaluation(model):
-            for images, labels in pieces(batches(data, batch_size), device):
-                outputs = outputs_of(model, images)
-                loss += summed_loss(outputs, labels, cost).item()
+        with passes.evaluation(model):
+            for images, labels in passes.pieces(batches(data, batch_size), device):
+                outputs = passes.outputs_of(model, images)
+                loss += passes.summed_loss(outputs, labels, cost).item()
                 correct += _correct(outputs, labels)
         sums = ranks.summed(data, model, {"loss": loss, "correct": correct})
     return sums["loss"] / len(data), sums["correct"] / len(data)
@@ -171,22 +160,22 @@ def update(
     until the next step. They are those of the *mean* loss. The forward pass has the ``precision``
     of ``mixed_precision``.
     """
-    device = device_of(model)
+    device = passes.device_of(model)
     optimizer.zero_grad()
     parallel = isinstance(model, DistributedDataParallel)
     with ranks.meeting() if parallel else nullcontext():
         with ranks.all_or_none(model):
             images, labels, divisor = next(stream)
-            images, labels = on_device((images, labels), device)
+            images, labels = passes.on_device((images, labels), device)
         with ranks.all_or_none(model):
             with precision:
-                outputs = outputs_of(model, images)
-            loss = summed_loss(outputs, labels, cost)
-        with nullcontext() if parallel else differentiable(loss):
+                outputs = passes.outputs_of(model, images)
+            loss = passes.summed_loss(outputs, labels, cost)
+        with nullcontext() if parallel else passes.differentiable(loss):
             (loss / divisor).backward()
     optimizer.step()
     counted = loss.detach() if divisor < math.inf else torch.zeros_like(loss)
-    return counted, size_of(images), divisor
+    return counted, passes.size_of(images), divisor
 
 
 @contextmanager
@@ -196,12 +185,12 @@ def in_training(model: nn.Module, seed: int) -> Iterator[None]:
 
     Afterwards its flags and the caller's random numbers are as before, and no gradient is left.
     """
-    device, frozen = device_of(model), _frozen_norms(model)
+    device, frozen = passes.device_of(model), _frozen_norms(model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         interrupts_come_again(),
-        evaluation(model),  # which restores the flags
+        passes.evaluation(model),  # which restores the flags
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
@@ -239,7 +228,7 @@ def refresh_batch_norms(
     images = integer("images", images, 1)
     loader = batches(ranks.own(data), batch_size, torch.Generator().manual_seed(0))
     frozen = _frozen_norms(model)
-    trial = copy_of(model).eval()
+    trial = passes.copy_of(model).eval()
     norms = {
         norm: fresh
         for norm, fresh in zip(model.modules(), trial.modules(), strict=True)
@@ -255,7 +244,7 @@ def refresh_batch_norms(
         fresh.momentum = None  # the plain mean
     with ranks.together(data):
         for inputs, _ in islice(loader, max(1, min(images, len(data)) // batch_size)):
-            outputs_of(trial, on_device(inputs, device_of(model)))
+            passes.outputs_of(trial, passes.on_device(inputs, passes.device_of(model)))
     ranks.of_all(data, None)  # they meet
     for norm, fresh in norms.items():
         if fresh.num_batches_tracked:  # the passes reached it
@@ -302,12 +291,12 @@ def check_trainable(model: nn.Module, train: Dataset, batch_size: int) -> None:
     several = train.ranks if isinstance(train, ranks.Shared) else 1
     sizes = min(batch_size, len(train)), len(train) % batch_size
     if norms and any(0 < size < 2 * several for size in sizes):
-        trial = copy_of(model)
+        trial = passes.copy_of(model)
         trial.train()
         with torch.random.fork_rng([]), torch.no_grad():
             images, _ = next(iter(batches(ranks.own(train), 1)))
             try:
-                outputs_of(trial, on_device(images, device_of(model)))
+                passes.outputs_of(trial, passes.on_device(images, passes.device_of(model)))
             except ValueError as error:
                 raise ValueError(
                     f"{len(train)} images in mini-batches of {batch_size} leave one of a single "

@@ -9,19 +9,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cnn_pruning.network import passes
 from cnn_pruning.network.checks import check_module
 from cnn_pruning.network.description import BATCH_NORM, Filters, Network, names_of
 from cnn_pruning.network.graph import counts_on_them, floats_in, read_graph
 from cnn_pruning.network.maps import on_feature_maps, zero
-from cnn_pruning.network.passes import (
-    Inputs,
-    UnreadableError,
-    copy_of,
-    device_of,
-    on_device,
-    outputs_of,
-    same_random_numbers,
-)
+from cnn_pruning.network.passes import Inputs, UnreadableError
 from cnn_pruning.network.removal import remove
 from cnn_pruning.network.sequential import read_sequential
 
@@ -48,11 +41,11 @@ def read(model: nn.Module | Network, images: Inputs | None = None) -> Network:
                 f"{type(model).__name__} isn't a Sequential of layers that are known ({unknown}), "
                 "so it has to be read from images: hand in data too, a dataset or a few images."
             ) from None
-    with torch.inference_mode(False), torch.enable_grad(), same_random_numbers():
+    with torch.inference_mode(False), torch.enable_grad(), passes.same_random_numbers():
         # Two, even of a single one: batch norm can't train on that
         images = tree_map(lambda x: torch.cat([x[:2], x[:1]])[:2], images)
-        images = on_device(images, device_of(model))
-        groups, left_out = read_graph(copy_of(model), images)
+        images = passes.on_device(images, passes.device_of(model))
+        groups, left_out = read_graph(passes.copy_of(model), images)
     if not groups and not left_out:
         raise TypeError(f"{type(model).__name__} has no convolution whose filters could go.")
     return Network(model, groups, left_out, images=images)
@@ -105,14 +98,14 @@ class _Trial:
     """
 
     def __init__(self, network: Network) -> None:
-        model, images = copy_of(network.model), network.images
+        model, images = passes.copy_of(network.model), network.images
         exact = tree_map(lambda x: x.double().cpu() if x.is_floating_point() else x.cpu(), images)
         with torch.inference_mode(False):
             model = _in_general_position(model.double().cpu())
         try:
             _outputs(model, exact, training=False)
         except ValueError:  # it counts on its own device
-            model, exact = copy_of(network.model), images
+            model, exact = passes.copy_of(network.model), images
         _check_apart(model, exact)
         self.network = network.of(model)
         larger = tree_map(lambda x: _larger(x[:1]), exact)
@@ -171,8 +164,8 @@ def _check_apart(model: nn.Module, images: Inputs) -> None:
 @torch.no_grad()
 def _outputs(model: nn.Module, images: Inputs, training: bool) -> list[Tensor]:
     model.train(training)
-    with same_random_numbers(), _Plain(next((p.dtype for p in model.parameters()), None)):
-        found = floats_in(outputs_of(model, images))
+    with passes.same_random_numbers(), _Plain(next((p.dtype for p in model.parameters()), None)):
+        found = floats_in(passes.outputs_of(model, images))
     if not found:
         raise TypeError(f"{type(model).__name__} puts out no tensor: nothing can be tried.")
     return found
