@@ -1,4 +1,4 @@
-"""What the sentences and titles of notebooks 4 and 6 say holds for what these notebooks print.
+"""What the sentences and titles of notebooks 4, 6 and 8 say holds for what these notebooks print.
 
 The mathematics is asserted in the notebooks themselves. Here is what depends on the numbers of a
 run, or of the table of several seeds: if one of these fails, a sentence has to change.
@@ -111,3 +111,16 @@ def test_eq_8_settles_within_a_few_hundred_images_and_sums_that_cancel_do_not():
     assert rows[1024]["absolute value last"] < 0.9
     assert rows[1024]["curvature (OBD), random signs"] < rows[256]["curvature (OBD), exact"]
     assert rows[256]["mean activation"] > rows[256]["Taylor, Eq. 8"], "the mean settles earlier"
+
+
+# Notebook 8
+
+
+def test_fine_tuning_shrinks_the_range_of_choices_to_about_a_seventh():
+    before, after = numbers(r"mean: (\d+) points before, (\d+\.\d) after", "08")
+    assert 6 < before / after < 8
+
+
+def test_the_best_choice_before_fine_tuning_is_not_shown_to_lead_after_it():
+    lead, half = numbers(rf"best choice minus Taylor's, after: {NUMBER} ± {NUMBER} points", "08")
+    assert lead < half, "looking harder for the optimum bought nothing"
